@@ -1,0 +1,16 @@
+"""liplayers: certifiably robust networks in PyTorch.
+
+1-Lipschitz layers with torch's own signatures, bounds that compose over models, and certified ℓ2 radii.
+"""
+
+from liplayers.bounds import layer_bounds as layer_bounds
+from liplayers.bounds import lipschitz_bound as lipschitz_bound
+from liplayers.bounds import register_bound as register_bound
+from liplayers.bounds import split_head as split_head
+from liplayers.errors import LipschitzError as LipschitzError
+from liplayers.layers import *
+from liplayers.layers import FAMILIES as FAMILIES
+from liplayers.layers import cached as cached
+from liplayers.layers import get_layer as get_layer
+
+__version__ = "0.1.0"

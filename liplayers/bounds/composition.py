@@ -1,0 +1,236 @@
+"""The Lipschitz bound of a whole model, composed from the bounds of its layers.
+
+Sequential modules multiply, containers state their rule (`Container.compose_bounds`), torch's own modules are in
+`torch_modules`, and any other module is traced: sums add, concatenations take the root of the sum of squares. A
+module or operation that is not known raises `UnknownBoundError` with its path and type; it never counts as 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from liplayers.bounds.graph import traced_bounds
+from liplayers.bounds.torch_modules import RULES, Shape, torch_bound
+from liplayers.errors import NonFiniteError, ShapeError, UnknownBoundError
+from liplayers.layers.base import LipschitzLinear, LipschitzModule
+from liplayers.layers.containers import Container
+from liplayers.layers.heads import row_distances
+
+
+def lipschitz_bound(model: nn.Module, input_shape: Shape | None = None) -> float:
+    """A proven upper bound on the ℓ2 Lipschitz constant of `model`.
+
+    Args:
+        model: any module whose parts are known.
+        input_shape: of one input, without the batch dimension. Needed where a bound depends on the image size; the
+            model is then run once on zeros, which also shows that it accepts that shape.
+
+    Raises:
+        UnknownBoundError: a part without a known bound, named by its path and type.
+        ShapeError: the model does not accept inputs of that shape.
+        NonFiniteError: the parameters contain NaN or infinity.
+
+    >>> from liplayers import AOLLinear, MaxMin, Scale
+    >>> lipschitz_bound(nn.Sequential(AOLLinear(4, 4), MaxMin(), Scale(3.0)), (4,))
+    3.0
+    """
+    return _Walk(model, input_shape).bound(model, "")
+
+
+def layer_bounds(model: nn.Module, input_shape: Shape | None = None) -> dict[str, float]:
+    """The bound of each module on the walk through `model`, by path; the empty path is the whole.
+
+    >>> from liplayers import AOLLinear, Scale
+    >>> layer_bounds(nn.Sequential(AOLLinear(4, 4), Scale(3.0)), (4,))
+    {'0': 1.0, '1': 3.0, '': 3.0}
+    """
+    walk = _Walk(model, input_shape)
+    walk.bound(model, "")
+    return walk.found
+
+
+def register_bound(module_type: type[nn.Module], rule: Callable[[nn.Module, Shape | None], float]) -> None:
+    """State the bound of a module type that is not ours: rule(module, input shape or None) → bound.
+
+    The rule is trusted; it holds for that exact type, not for subclasses.
+    """
+    RULES[module_type] = rule
+
+
+@dataclass(frozen=True)
+class HeadSplit:
+    """A classifier seen as a body with a bound and a linear head, if it ends in one.
+
+    Attributes:
+        body_bound: of everything below the head, or of the whole model where there is no linear head.
+        head: the last linear layer, or None.
+    """
+
+    body_bound: float
+    head: nn.Module | None
+
+    def margin_lipschitz(self, num_classes: int) -> Tensor:
+        """Lipschitz constants of all logit differences f_y − f_j, (K, K), zeros on the diagonal.
+
+        body_bound·‖w_y − w_j‖ with a head (differentiable in its weight), √2·body_bound without.
+        """
+        if self.head is not None:
+            return self.body_bound * row_distances(self.head.weight)
+        return math.sqrt(2) * self.body_bound * (1 - torch.eye(num_classes))
+
+
+def split_head(model: nn.Module, input_shape: Shape | None = None) -> HeadSplit:
+    """Split a classifier into a body with a bound and its linear head; errors as `lipschitz_bound`.
+
+    >>> from liplayers import AOLLinear, NormalizedLinear
+    >>> split_head(nn.Sequential(AOLLinear(4, 4), NormalizedLinear(4, 3)), (4,)).body_bound
+    1.0
+    """
+    return _Walk(model, input_shape).split(model, "")
+
+
+class _Walk:
+    """One walk over a model: where each bound comes from, and which input shapes each module saw."""
+
+    def __init__(self, model: nn.Module, input_shape: Shape | None) -> None:
+        self.found: dict[str, float] = {}
+        self.shapes = {} if input_shape is None else _record_shapes(model, tuple(input_shape))
+
+    def bound(self, module: nn.Module, path: str) -> float:
+        try:
+            value = self._bound(module, path)
+        except UnknownBoundError as error:
+            raise _located(error, module, path) from None
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"{path or 'the model'} ({type(module).__name__}): its bound is {value}; "
+                f"its parameters contain NaN, infinity, or numbers too large for their dtype"
+            )
+        self.found[path] = value
+        return value
+
+    def _bound(self, module: nn.Module, path: str) -> float:
+        if isinstance(module, LipschitzModule):
+            _check_finite(module, path)
+            return module.lipschitz_bound()
+        if isinstance(module, Container):
+            names = {child: name for name, child in module.named_modules()}
+            return module.compose_bounds([self.bound(b, _join(path, names[b])) for b in module.branches()])
+        if _is_sequential(module):
+            return math.prod(self.bound(child, _join(path, name)) for name, child in module._modules.items())
+        known = self._torch_bound(module)
+        if known is not None:
+            return known
+        graph, bounds = self._trace(module, path)
+        return bounds[_output(graph)]
+
+    def _torch_bound(self, module: nn.Module) -> float | None:
+        shapes = self.shapes.get(module, {None})
+        found = [torch_bound(module, shape) for shape in shapes]
+        return None if None in found else max(f for f in found if f is not None)
+
+    def _trace(self, module: nn.Module, path: str) -> tuple[fx.Graph, dict[fx.Node, float]]:
+        if not any(True for _ in module.children()) and type(module).__module__.startswith("torch.nn."):
+            raise UnknownBoundError("no bound is known for this type")
+        return traced_bounds(
+            module,
+            is_leaf=lambda m, name: self._is_leaf(m),
+            leaf_bound=lambda name: self.bound(module.get_submodule(name), _join(path, name)),
+        )
+
+    def _is_leaf(self, module: nn.Module) -> bool:
+        own = isinstance(module, (LipschitzModule, Container)) or _is_sequential(module)
+        return own or type(module).__module__.startswith("torch.nn.") or type(module) in RULES
+
+    def split(self, module: nn.Module, path: str) -> HeadSplit:
+        if isinstance(module, LipschitzLinear) or type(module) is nn.Linear:
+            _check_finite(module, path)
+            return HeadSplit(1.0, module)
+        if _is_sequential(module) and len(module._modules):
+            *body, (last_name, last) = module._modules.items()
+            below = math.prod(self.bound(child, _join(path, name)) for name, child in body)
+            inner = self.split(last, _join(path, last_name))
+            return HeadSplit(below * inner.body_bound, inner.head)
+        if isinstance(module, (LipschitzModule, Container)) or _is_sequential(module):
+            return HeadSplit(self.bound(module, path), None)
+        try:
+            if self._torch_bound(module) is None:
+                return self._split_traced(module, path)
+        except UnknownBoundError as error:
+            raise _located(error, module, path) from None
+        return HeadSplit(self.bound(module, path), None)
+
+    def _split_traced(self, module: nn.Module, path: str) -> HeadSplit:
+        graph, bounds = self._trace(module, path)
+        output = _output(graph)
+        last = output.args[0]
+        if isinstance(last, fx.Node) and last.op == "call_module" and isinstance(last.args[0], fx.Node):
+            name = str(last.target)
+            inner = self.split(module.get_submodule(name), _join(path, name))
+            return HeadSplit(bounds[last.args[0]] * inner.body_bound, inner.head)
+        return HeadSplit(bounds[output], None)
+
+
+def _located(error: UnknownBoundError, module: nn.Module, path: str) -> UnknownBoundError:
+    """The error with path and type of the innermost module that it is about."""
+    if getattr(error, "located", False):
+        return error
+    located = UnknownBoundError(
+        f"{path or 'the model'} ({type(module).__name__}): {error}; replace it, give it a lipschitz_bound() by "
+        f"deriving from LipschitzModule, or state its bound with liplayers.register_bound"
+    )
+    located.located = True  # type: ignore[attr-defined]
+    return located
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _output(graph: fx.Graph) -> fx.Node:
+    return next(iter(reversed(graph.nodes)))
+
+
+def _check_finite(module: nn.Module, path: str) -> None:
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise NonFiniteError(f"{_join(path, name)}: contains NaN or infinity; the weights cannot be certified")
+
+
+def _record_shapes(model: nn.Module, input_shape: Shape) -> dict[nn.Module, set]:
+    """The input shapes that each of torch's leaf modules sees when the model runs on zeros."""
+    shapes: dict[nn.Module, set] = {}
+
+    def hook(module: nn.Module, args: tuple, output: object) -> None:
+        if args and isinstance(args[0], Tensor):
+            shapes.setdefault(module, set()).add(tuple(args[0].shape[1:]))
+
+    handles = [m.register_forward_hook(hook) for m in model.modules()]
+    modes = [(m, m.training) for m in model.modules()]
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
+    except ShapeError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ShapeError(
+            f"the model does not accept inputs of shape {input_shape} ({str(error).splitlines()[0]}); "
+            f"pass the shape of one input without the batch dimension"
+        ) from None
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    return shapes

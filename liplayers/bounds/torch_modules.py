@@ -1,0 +1,127 @@
+"""Bounds of torch's own modules. What is not here is unknown, and unknown raises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from liplayers.errors import UnknownBoundError
+from liplayers.layers.activations import slope_range
+from liplayers.linalg.convolution import conv_norm_bound, overlap
+from liplayers.linalg.norms import spectral_norm_bound
+
+Shape = tuple[int, ...]
+Rule = Callable[[nn.Module, "Shape | None"], float]
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _isometry(module: nn.Module, shape: Shape | None) -> float:
+    return 1.0
+
+
+def _linear(module: nn.Linear, shape: Shape | None) -> float:
+    return spectral_norm_bound(module.weight).item()
+
+
+def _conv2d(module: nn.Conv2d, shape: Shape | None) -> float:
+    stride, dilation = _pair(module.stride), _pair(module.dilation)
+    if module.padding_mode == "circular":
+        if isinstance(module.padding, str):
+            pads = [d * (k - 1) * (module.padding == "same") for k, d in zip(module.kernel_size, dilation, strict=True)]
+        else:
+            pads = [2 * p for p in _pair(module.padding)]
+        wide = any(p > d * (k - 1) for p, d, k in zip(pads, dilation, module.kernel_size, strict=True))
+        divides = stride == (1, 1) or (
+            shape is not None and not any(n % s for n, s in zip(shape[-2:], stride, strict=True))
+        )
+        if wide or not divides:
+            raise UnknownBoundError(
+                "circular padding beyond (k − 1)/2, or a stride that is not known to divide the image (pass input_shape)"
+            )
+    elif module.padding_mode != "zeros":
+        raise UnknownBoundError(f"padding_mode={module.padding_mode!r}, known are 'zeros' and 'circular'")
+    return conv_norm_bound(module.weight, stride, dilation, module.groups)
+
+
+def _overlaps(module: nn.MaxPool2d | nn.AvgPool2d) -> float:
+    dilation = _pair(getattr(module, "dilation", 1))
+    sizes = zip(_pair(module.kernel_size), _pair(module.stride), dilation, strict=True)
+    return math.sqrt(math.prod(overlap(*size) for size in sizes))
+
+
+def _max_pool(module: nn.MaxPool2d, shape: Shape | None) -> float:
+    if module.return_indices:
+        raise UnknownBoundError("return_indices=True")
+    return _overlaps(module)
+
+
+def _avg_pool(module: nn.AvgPool2d, shape: Shape | None) -> float:
+    area = math.prod(_pair(module.kernel_size))
+    if module.divisor_override:
+        weight = math.sqrt(area) / abs(module.divisor_override)
+    elif module.ceil_mode or (_pair(module.padding) != (0, 0) and not module.count_include_pad):
+        weight = 1.0  # a window at the border may average a single pixel
+    else:
+        weight = 1 / math.sqrt(area)
+    return weight * _overlaps(module)
+
+
+def _adaptive_avg_pool(module: nn.AdaptiveAvgPool2d, shape: Shape | None) -> float:
+    if shape is None:
+        raise UnknownBoundError("its bound depends on the image size: pass input_shape")
+    target = module.output_size if isinstance(module.output_size, tuple) else (module.output_size,) * 2
+    sizes = [(n, out or n) for n, out in zip(shape[-2:], target, strict=True)]
+    if any(n % out for n, out in sizes):
+        raise UnknownBoundError(f"output size {target} does not divide the image {shape[-2:]}: windows overlap")
+    return 1 / math.sqrt(math.prod(n // out for n, out in sizes))
+
+
+def _batch_norm(module: nn.BatchNorm2d, shape: Shape | None) -> float:
+    if module.training or module.running_var is None:
+        raise UnknownBoundError("it has a bound only in eval mode with running statistics: call model.eval()")
+    scale = (module.running_var.double() + module.eps).rsqrt()
+    return (scale if module.weight is None else scale * module.weight.double()).abs().max().item()
+
+
+def _dropout(module: nn.Dropout, shape: Shape | None) -> float:
+    if module.training:
+        raise UnknownBoundError("it is random in training mode: call model.eval()")
+    return 1.0
+
+
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Identity: _isometry,
+    nn.Flatten: _isometry,
+    nn.Unflatten: _isometry,
+    nn.PixelShuffle: _isometry,
+    nn.PixelUnshuffle: _isometry,
+    nn.ChannelShuffle: _isometry,
+    nn.ZeroPad2d: _isometry,
+    nn.Linear: _linear,
+    nn.Conv2d: _conv2d,
+    nn.MaxPool2d: _max_pool,
+    nn.AvgPool2d: _avg_pool,
+    nn.AdaptiveAvgPool2d: _adaptive_avg_pool,
+    nn.BatchNorm1d: _batch_norm,
+    nn.BatchNorm2d: _batch_norm,
+    nn.Dropout: _dropout,
+}
+
+
+def torch_bound(module: nn.Module, shape: Shape | None) -> float | None:
+    """The bound of one of torch's modules on inputs of `shape`; None if the type is not known.
+
+    The exact type counts: a subclass may compute something else.
+    """
+    rule = RULES.get(type(module))
+    if rule is not None:
+        with torch.no_grad():
+            return rule(module, shape)
+    slopes = slope_range(module)
+    return None if slopes is None else max(abs(slopes[0]), abs(slopes[1]))

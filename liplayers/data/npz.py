@@ -1,0 +1,129 @@
+"""Data of one's own in two NumPy archives."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from liplayers.data.base import ImageDataModule, Loaded, Split
+from liplayers.errors import DataError, DataNotFoundError
+
+# A label above both this and the number of samples is taken for a mistake, not for so many classes.
+_MOST_CLASSES = 1000
+
+
+def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    if not path.is_file():
+        raise DataNotFoundError(f"npz data: no file {path}; set data.train and data.test to .npz files")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(
+                    f"npz data: {path} holds a single array; save both with np.savez(path, images=…, labels=…)"
+                )
+            missing = [name for name in ("images", "labels") if name not in archive.files]
+            if missing:
+                found = ", ".join(archive.files) or "no arrays"
+                raise DataError(f"npz data: {path} has no array {' and no '.join(missing)}; found {found}")
+            return archive["images"], archive["labels"]
+    except DataError:
+        raise
+    except (
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        SyntaxError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        if "allow_pickle" in str(error):
+            raise DataError(
+                f"npz data: {path} holds pickled objects, which are never opened as they can run code; save plain "
+                "arrays images (uint8 or float) and labels (integers) with np.savez"
+            ) from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"npz data: {path} is truncated or not an .npz file ({reason})") from None
+
+
+def _read_split(path: Path) -> Split:
+    images, labels = _read_arrays(path)
+    if images.dtype != np.uint8 and images.dtype.kind != "f":
+        raise DataError(f"npz data: images in {path} are {images.dtype}; save uint8 (0 … 255) or float in [0, 1]")
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"npz data: labels in {path} are {labels.dtype}; save integers")
+    if images.dtype != np.uint8:
+        # Overflow to infinity is reported afterwards, with its place.
+        with np.errstate(over="ignore"):
+            images = images.astype(np.float32)
+    return Split(_tensor(images), _tensor(labels.astype(np.int64)))
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+class NpzData(ImageDataModule):
+    """Two `.npz` files, each with `images` (N, C, H, W), uint8 or float in [0, 1], and integer `labels` (N,).
+
+    There are as many classes as the largest training label says, named by their numbers. Pickled objects in the files
+    are refused, since opening them can run code.
+
+    Args:
+        train: the file of training samples.
+        test: the file of test samples.
+
+    The other arguments are those of `ImageDataModule`.
+
+    Raises:
+        DataNotFoundError: from `setup`, when a file is absent.
+        DataError: from `setup`, when a file is not an archive or truncated, lacks an array, or holds images or labels
+            that cannot be used.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("train", "test"):
+    ...     np.savez(folder / f"{name}.npz", images=np.zeros((20, 1, 4, 4), np.uint8), labels=np.arange(20) % 2)
+    >>> data = NpzData(folder / "train.npz", folder / "test.npz", batch_size=5)
+    >>> data.setup()
+    >>> data.input_shape, data.num_classes
+    ((1, 4, 4), 2)
+    """
+
+    def __init__(
+        self,
+        train: str | Path,
+        test: str | Path,
+        *,
+        batch_size: int = 256,
+        eval_batch_size: int = 1000,
+        val_fraction: float = 0.1,
+        augment: Sequence[nn.Module] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_fraction=val_fraction,
+            augment=augment,
+            seed=seed,
+        )
+        self.train = Path(train)
+        self.test = Path(test)
+        self.name = self.train.stem
+
+    def load(self) -> Loaded:
+        train, test = _read_split(self.train), _read_split(self.test)
+        top = int(train.labels.max()) if train.labels.numel() else 0
+        if top >= max(_MOST_CLASSES, len(train)):
+            raise DataError(
+                f"npz data: {self.train} has a label {top} among {len(train)} samples; number the classes from 0"
+            )
+        return Loaded(train, test, tuple(str(label) for label in range(top + 1)))

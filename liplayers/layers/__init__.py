@@ -1,0 +1,16 @@
+"""The layers: one file per family. A new family is a file and a line here."""
+
+from liplayers.layers.activations import *
+from liplayers.layers.aol import *
+from liplayers.layers.base import cached as cached
+from liplayers.layers.bjorck import *
+from liplayers.layers.bro import *
+from liplayers.layers.cayley import *
+from liplayers.layers.containers import *
+from liplayers.layers.heads import *
+from liplayers.layers.pooling import *
+from liplayers.layers.registry import FAMILIES as FAMILIES
+from liplayers.layers.registry import Family as Family
+from liplayers.layers.registry import get_layer as get_layer
+from liplayers.layers.registry import register as register
+from liplayers.layers.sll import *

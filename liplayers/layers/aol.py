@@ -1,0 +1,98 @@
+"""AOL, almost-orthogonal layers: a contraction by rescaling each input (Prach & Lampert 2022, arXiv 2208.03160).
+
+Differs from the paper in three points: the shorter side of the matrix is rescaled (the paper always takes the
+inputs), strided kernels are rescaled in their polyphase form, which is tighter, and columns of zeros give zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from liplayers.layers.base import LipschitzLinear
+from liplayers.layers.conv import KernelConv2d
+from liplayers.layers.registry import Family, register
+from liplayers.linalg.convolution import autocorrelation, polyphase, tap_phases
+from liplayers.linalg.norms import gram
+
+__all__ = ["AOLConv2d", "AOLLinear"]
+
+
+def _unit_scale(P: Tensor) -> Tensor:
+    """P divided by its largest entry: the AOL weight does not depend on the scale, its Gram matrix might overflow."""
+    largest = P.detach().abs().amax()
+    return P / torch.where(largest > 0, largest, 1)
+
+
+def safe_rsqrt(row_sums: Tensor) -> Tensor:
+    """d^(−1/2), and 1 for sums too small to carry a relative accuracy: their columns are negligible beside norm 1."""
+    info = torch.finfo(row_sums.dtype)
+    usable = row_sums > info.tiny / info.eps
+    return torch.where(usable, torch.where(usable, row_sums, 1).rsqrt(), 1)
+
+
+class AOLLinear(LipschitzLinear):
+    r"""Dense layer, a contraction: W = P·diag(Σ_j |PᵀP|_ij)^(−1/2), or the same on the rows if they are fewer.
+
+    The proof: diag(d) − PᵀP is diagonally dominant, hence positive semidefinite. Not orthogonal in general; the
+    gain of a signal is 1 at initialisation, where P is orthogonal.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
+
+    Shape:
+        (*, in_features) → (*, out_features).
+
+    Raises:
+        ArgumentError: sizes that are not positive integers.
+
+    Source: Prach & Lampert 2022, arXiv 2208.03160.
+
+    >>> layer = AOLLinear(8, 5)
+    >>> layer(torch.randn(2, 8)).shape, bool(torch.linalg.matrix_norm(layer.weight, 2) <= 1 + 1e-6)
+    (torch.Size([2, 5]), True)
+    """
+
+    def map_weight(self, raw: Tensor) -> Tensor:
+        P = _unit_scale(raw)
+        scale = safe_rsqrt(gram(P).abs().sum(-1))
+        return P * scale if len(scale) == P.shape[1] else P * scale[:, None]
+
+
+class AOLConv2d(KernelConv2d):
+    r"""Convolution, a contraction: each input channel (and stride phase) is divided by √(Σ_j Σ_lags |K*K|_ij).
+
+    Holds for zero padding of any width, minimal circular padding, every stride, dilation and group count. Where the
+    outputs are fewer than the inputs (times the stride's area) they are rescaled instead. Signal gain at
+    initialisation is 1 (one orthogonal tap).
+
+    Args:
+        in_channels … dtype: as in `torch.nn.Conv2d`; padding_mode "zeros" or "circular".
+
+    Shape:
+        (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
+
+    Raises:
+        ArgumentError: what would exceed norm 1 (reflection, replication, circular padding beyond (k − 1)/2).
+        ShapeError: at call, circular padding with a stride that does not divide the image.
+
+    Source: Prach & Lampert 2022, arXiv 2208.03160.
+
+    >>> AOLConv2d(3, 8, 3, stride=2, padding=1)(torch.randn(1, 3, 9, 9)).shape
+    torch.Size([1, 8, 5, 5])
+    """
+
+    def map_kernel(self, raw: Tensor) -> Tensor:
+        P = _unit_scale(raw)
+        phases = polyphase(P, self.stride, self.dilation)
+        inputs = phases.shape[2] <= phases.shape[1]
+        scale = safe_rsqrt(autocorrelation(phases, "in" if inputs else "out").abs().sum((2, 3, 4)))
+        if not inputs:
+            return P * rearrange(scale, "g o -> g o 1 1 1")
+        (sh, sw), (kh, kw), (dh, dw) = self.stride, self.kernel_size, self.dilation
+        scale = rearrange(scale, "g (i a b) -> g 1 i a b", a=sh, b=sw)
+        return P * scale[..., tap_phases(kh, sh, dh), :][..., tap_phases(kw, sw, dw)]
+
+
+register(Family("aol", linear=AOLLinear, conv=AOLConv2d))

@@ -1,0 +1,210 @@
+"""The layer contract: effective weights, their cache, the argument checks, and the bound.
+
+A layer holds *raw* parameters; its effective weight is a pure function of them. Nothing else is state, so nothing can
+go stale: the cache of an effective weight is used only while every raw parameter equals, element by element, what the
+weight was computed from. A version counter would be cheaper to compare, but `param.data.copy_()`, which swaps of
+averaged weights use, does not advance it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liplayers.errors import ArgumentError
+
+_shared: ContextVar[dict | None] = ContextVar("liplayers_shared_weights", default=None)
+_SIZES_KEPT = 4
+
+
+@contextmanager
+def cached() -> Iterator[None]:
+    """Within this context each effective weight is computed once, even where gradients are needed.
+
+    For layers that are used several times in one forward pass, and for losses that read a weight. Changing a raw
+    parameter in place inside the context is noticed, except through `param.data`. Contexts may be nested; the inner
+    one shares the outer one's weights.
+
+    >>> from liplayers import AOLLinear
+    >>> layer = AOLLinear(4, 4)
+    >>> with cached():
+    ...     layer.weight is layer.weight
+    True
+    """
+    token = _shared.set({}) if _shared.get() is None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _shared.reset(token)
+
+
+class LipschitzModule(nn.Module):
+    """A module that states a proven bound on its own ℓ2 Lipschitz constant."""
+
+    def lipschitz_bound(self) -> float:
+        """A proven upper bound on the Lipschitz constant of the map, in exact arithmetic on the executed weights."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement lipschitz_bound()")
+
+
+class ParametrizedModule(LipschitzModule):
+    """A module whose effective weight is a pure function of its raw parameters.
+
+    Subclasses list the names of those parameters in `raw_names` and implement `compute_effective(*key)`, which returns
+    a tensor or a tuple of tensors; `effective(*key)` calls it with autocast off, in float32 at least, and caches.
+    """
+
+    raw_names: tuple[str, ...] = ("raw",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._forget()
+
+    def compute_effective(self, *key: Any) -> Any:
+        raise NotImplementedError
+
+    def effective(self, *key: Any) -> Any:
+        """The effective weight; `key` holds what else it depends on (the grid of a Fourier layer).
+
+        Where gradients with respect to the raw parameters are needed, it is computed afresh at each call (once inside
+        `cached()`); otherwise once, until a raw parameter changes in any way.
+        """
+        if torch.compiler.is_compiling():
+            return self._compute(*key)
+        raw = [getattr(self, name) for name in self.raw_names]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in raw):
+            shared = _shared.get()
+            if shared is None:
+                return self._compute(*key)
+            versions = tuple((p.data_ptr(), p._version) for p in raw)
+            entry = shared.get((self, key))
+            if entry is None or entry[0] != versions:
+                entry = shared[(self, key)] = (versions, self._compute(*key))
+            return entry[1]
+        if len(self._raw_seen) != len(raw) or not all(map(_identical, self._raw_seen, raw)):
+            self._cache = {}
+            self._raw_seen = [p.detach().clone() for p in raw]
+        if key not in self._cache:
+            if len(self._cache) >= _SIZES_KEPT:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[key] = self._compute(*key)
+        return self._cache[key]
+
+    def _compute(self, *key: Any) -> Any:
+        with torch.autocast(self.raw_device.type, enabled=False):
+            return self.compute_effective(*key)
+
+    @property
+    def raw_device(self) -> torch.device:
+        return getattr(self, self.raw_names[0]).device
+
+    def raw_values(self) -> tuple[Tensor, ...]:
+        """The raw parameters in the precision that the effective weight is computed in, float32 at least."""
+        raw = (getattr(self, name) for name in self.raw_names)
+        return tuple(p.to(torch.promote_types(p.dtype, torch.float32)) for p in raw)
+
+    def executed_dtype(self) -> torch.dtype:
+        """The dtype that matrix products run in here and now: the parameters', or autocast's inside its context."""
+        device = self.raw_device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return getattr(self, self.raw_names[0]).dtype
+
+    def _forget(self) -> None:
+        self._cache: dict = {}
+        self._raw_seen: list[Tensor] = []
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._forget()  # moved or cast: the old weight is only a waste of memory
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        state["_cache"], state["_raw_seen"] = {}, []
+        return state
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def check_positive(owner: object, **sizes: int) -> None:
+    """Raise ArgumentError unless every size is an integer of at least 1."""
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ArgumentError(f"{type(owner).__name__}: {name}={value!r}; expected an integer of at least 1")
+
+
+class LipschitzLinear(ParametrizedModule):
+    """Base of the dense families: y = Wx + b with W = `map_weight(raw)`, ‖W‖ ≤ 1.
+
+    The arguments are those of `torch.nn.Linear`. Subclasses implement `map_weight`, and may change `reset_parameters`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(self, in_features=in_features, out_features=out_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.raw = nn.Parameter(torch.empty(self.raw_shape(), device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def raw_shape(self) -> tuple[int, int]:
+        return (self.out_features, self.in_features)
+
+    def reset_parameters(self) -> None:
+        """An orthogonal raw matrix, no bias."""
+        fill_orthogonal_(self.raw)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def map_weight(self, *raw: Tensor) -> Tensor:
+        """The contraction W (out, in) that the raw parameters stand for."""
+        raise NotImplementedError
+
+    def compute_effective(self) -> Tensor:
+        return self.map_weight(*self.raw_values()).to(self.raw.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight, (out_features, in_features)."""
+        return self.effective()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.effective(), self.bias)
+
+    def lipschitz_bound(self) -> float:
+        dtype = self.executed_dtype()
+        if torch.finfo(dtype).bits >= 32:
+            return 1.0
+        return 1.0 + low_precision_excess(self, dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def low_precision_excess(module: LipschitzLinear, dtype: torch.dtype) -> float:
+    """‖W_executed − W‖_F, what rounding the weight to bfloat16 or float16 can add to its norm."""
+    with torch.no_grad(), torch.autocast(module.raw_device.type, enabled=False):
+        exact = module.map_weight(*module.raw_values()).double()
+        return torch.linalg.matrix_norm(exact.to(module.raw.dtype).to(dtype).double() - exact).item()
+
+
+def fill_orthogonal_(raw: Tensor) -> Tensor:
+    """`nn.init.orthogonal_` for every dtype (its QR knows no half precision)."""
+    Q = torch.empty(raw.shape, dtype=torch.promote_types(raw.dtype, torch.float32), device=raw.device)
+    with torch.no_grad():
+        return raw.copy_(nn.init.orthogonal_(Q))

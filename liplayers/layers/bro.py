@@ -1,0 +1,150 @@
+"""BRO, block reflector orthogonal layers (Lai et al. 2025, arXiv 2505.15174).
+
+Differs from the public code: the factorisation runs in float64 with columns normalised first, strides act by
+pixel-unshuffling, and rectangular layers start from a Gaussian rather than a quasi-residual factor, which would
+begin by dropping the last inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liplayers.errors import ArgumentError
+from liplayers.layers.base import LipschitzLinear
+from liplayers.layers.conv import FourierConv2d
+from liplayers.layers.registry import Family, register
+from liplayers.linalg.orthogonal import block_reflector
+
+__all__ = ["BROConv2d", "BROLinear"]
+
+NOISE = 0.5  # of the quasi-residual initialisation V = I + NOISE·P, P Gaussian with columns of norm about 1
+
+
+def _check_rank_ratio(owner: object, rank_ratio: float) -> None:
+    if not 0 < rank_ratio <= 1:
+        raise ArgumentError(f"{type(owner).__name__}: rank_ratio={rank_ratio!r}; expected a number in (0, 1]")
+
+
+def _rank(features: int, rank_ratio: float) -> int:
+    return max(1, round(features * rank_ratio))
+
+
+def _reflector(V: Tensor, rows: int, columns: int) -> Tensor:
+    """The upper left rows × columns block of I − 2V(VᴴV)⁻¹Vᴴ."""
+    Y = block_reflector(V)
+    eye = torch.eye(rows, columns, dtype=Y.dtype, device=Y.device)
+    return eye - 2 * Y[..., :rows, :] @ Y[..., :columns, :].mH
+
+
+def _reset(module: LipschitzLinear | FourierConv2d, square: bool) -> None:
+    raw = module.raw
+    with torch.no_grad():
+        nn.init.normal_(raw, std=1 / math.sqrt(raw.shape[0] * math.prod(raw.shape[2:])))
+        if square:
+            raw.mul_(NOISE)
+            centre = tuple((k - 1) // 2 for k in raw.shape[2:])
+            diagonal = torch.arange(raw.shape[1], device=raw.device)
+            raw[(diagonal, diagonal, *centre)] += 1
+        if module.bias is not None:
+            module.bias.zero_()
+
+
+class BROLinear(LipschitzLinear):
+    r"""Orthogonal dense layer: W = I − 2V(VᵀV)⁻¹Vᵀ, V of shape n × r, n = max(in, out), cut to out × in.
+
+    W reflects the r-dimensional span of V: symmetric, with r eigenvalues −1. Signal gain at initialisation: 1, or
+    √(out/in) on average where out_features < in_features. Cost: one Cholesky factorisation of r × r.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
+        rank_ratio: r/n in (0, 1]; at 1 the layer is constant, W = −I.
+
+    Shape:
+        (*, in_features) → (*, out_features).
+
+    Raises:
+        ArgumentError: sizes that are not positive integers, a rank ratio outside (0, 1].
+
+    Source: Lai et al. 2025, arXiv 2505.15174.
+
+    >>> W = BROLinear(8, 5).weight
+    >>> torch.allclose(W @ W.T, torch.eye(5), atol=1e-5)
+    True
+    """
+
+    def __init__(self, *args: Any, rank_ratio: float = 0.5, **kwargs: Any) -> None:
+        _check_rank_ratio(self, rank_ratio)
+        nn.Module.__init__(self)
+        self.rank_ratio = rank_ratio
+        super().__init__(*args, **kwargs)
+
+    def raw_shape(self) -> tuple[int, int]:
+        n = max(self.in_features, self.out_features)
+        return (n, _rank(n, self.rank_ratio))
+
+    def reset_parameters(self) -> None:
+        """Quasi-residual V = I + noise where square, Gaussian V elsewhere, no bias."""
+        _reset(self, self.in_features == self.out_features)
+
+    def map_weight(self, raw: Tensor) -> Tensor:
+        return _reflector(raw, self.out_features, self.in_features)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank_ratio={self.rank_ratio}"
+
+
+class BROConv2d(FourierConv2d):
+    r"""Orthogonal convolution: the block reflector of each frequency of a raw kernel n × r × k × k.
+
+    n = max(in_channels·s², out_channels), the map cut to its channels. Circular padding gives an orthogonal map of
+    the (pixel-unshuffled) image; zero padding pads the image first and crops after, a contraction. The support is the
+    whole image. Signal gain at initialisation is 1 up to the border.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, bias, padding_mode, device, dtype: as in
+            `torch.nn.Conv2d`; padding_mode "zeros" or "circular"; a stride acts by pixel-unshuffling, with the kernel
+            ⌈k/s⌉ on the unshuffled image.
+        rank_ratio: r/n in (0, 1].
+
+    Shape:
+        (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
+
+    Raises:
+        ArgumentError: dilation or groups other than 1, padding that would exceed norm 1, a bad rank ratio.
+        ShapeError: at call, circular padding with a stride that does not divide the image.
+
+    Source: Lai et al. 2025, arXiv 2505.15174.
+
+    >>> layer = BROConv2d(4, 4, 3, padding=1, padding_mode="circular")
+    >>> x = torch.randn(1, 4, 7, 5)
+    >>> bool((layer(x).norm() - x.norm()).abs() < 1e-4)
+    True
+    """
+
+    def __init__(self, *args: Any, rank_ratio: float = 0.5, **kwargs: Any) -> None:
+        _check_rank_ratio(self, rank_ratio)
+        nn.Module.__init__(self)
+        self.rank_ratio = rank_ratio
+        super().__init__(*args, **kwargs)
+
+    def raw_shape(self) -> tuple[int, ...]:
+        channels, kh, kw = self._unshuffled
+        n = max(channels, self.out_channels)
+        return (n, _rank(n, self.rank_ratio), kh, kw)
+
+    def reset_parameters(self) -> None:
+        """Quasi-residual V = I + noise where square, Gaussian V elsewhere, no bias."""
+        _reset(self, self._unshuffled[0] == self.out_channels)
+
+    def map_transfer(self, transfer: Tensor) -> Tensor:
+        return _reflector(transfer, self.out_channels, self._unshuffled[0])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank_ratio={self.rank_ratio}"
+
+
+register(Family("bro", linear=BROLinear, conv=BROConv2d, orthogonal=frozenset({"linear", "conv"})))

@@ -1,0 +1,111 @@
+"""Orthogonal layers by the Cayley transform, dense and per frequency (Trockman & Kolter 2021, arXiv 2104.07167).
+
+Differs from the public code in that the half spectrum is enough, odd and non-square images work, zero padding is
+offered, and the transform runs in float64 (float32 leaves the unit ball once the gain is large).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from liplayers.layers.base import LipschitzLinear
+from liplayers.layers.conv import FourierConv2d
+from liplayers.layers.registry import Family, register
+from liplayers.linalg.orthogonal import cayley
+
+__all__ = ["CayleyConv2d", "CayleyLinear"]
+
+
+def _rescale(P: Tensor, raw: Tensor, gain: Tensor) -> Tensor:
+    """P·gain/‖raw‖_F, with P linear in raw."""
+    norm = torch.linalg.vector_norm(raw)
+    return P * (gain / torch.where(norm > 0, norm, 1))
+
+
+def _reset(module: LipschitzLinear | FourierConv2d) -> None:
+    fan = module.raw.shape[0] + module.raw.shape[1]
+    nn.init.normal_(module.raw, std=math.sqrt(2 / (fan * math.prod(module.raw.shape[2:]))))
+    module.gain = nn.Parameter(torch.linalg.vector_norm(module.raw.detach().float()).to(module.raw.dtype))
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+class CayleyLinear(LipschitzLinear):
+    r"""Orthogonal dense layer: A = U − Uᵀ + VᵀV for gain·P/‖P‖_F = [U; V], W = [(I+A)⁻¹(I−A); −2V(I+A)⁻¹].
+
+    Columns are orthonormal where out_features ≥ in_features, rows otherwise. Square weights stay in the component of
+    the orthogonal group without the eigenvalue −1. Signal gain at initialisation: 1, or √(out/in) on average where
+    out_features < in_features. Cost: one inverse of the shorter side.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
+
+    Shape:
+        (*, in_features) → (*, out_features).
+
+    Raises:
+        ArgumentError: sizes that are not positive integers.
+
+    Source: Trockman & Kolter 2021, arXiv 2104.07167.
+
+    >>> W = CayleyLinear(8, 5).weight
+    >>> torch.allclose(W @ W.T, torch.eye(5), atol=1e-5)
+    True
+    """
+
+    raw_names = ("raw", "gain")
+
+    def reset_parameters(self) -> None:
+        """Gaussian P, the gain equal to its norm, no bias."""
+        _reset(self)
+
+    def map_weight(self, raw: Tensor, gain: Tensor) -> Tensor:
+        return cayley(_rescale(raw, raw, gain))
+
+
+class CayleyConv2d(FourierConv2d):
+    r"""Orthogonal convolution: the Cayley transform of each frequency's transfer matrix.
+
+    Circular padding gives an orthogonal map of the (pixel-unshuffled) image; zero padding pads the image first and
+    crops after, a contraction. The support is the whole image. Signal gain at initialisation is 1 up to the border.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, bias, padding_mode, device, dtype: as in
+            `torch.nn.Conv2d`; padding_mode "zeros" or "circular"; a stride acts by pixel-unshuffling, with the kernel
+            ⌈k/s⌉ on the unshuffled image.
+
+    Shape:
+        (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
+
+    Raises:
+        ArgumentError: dilation or groups other than 1, and padding that would exceed norm 1.
+        ShapeError: at call, circular padding with a stride that does not divide the image.
+
+    Source: Trockman & Kolter 2021, arXiv 2104.07167.
+
+    >>> layer = CayleyConv2d(4, 4, 3, padding=1, padding_mode="circular")
+    >>> x = torch.randn(1, 4, 7, 5)
+    >>> bool((layer(x).norm() - x.norm()).abs() < 1e-4)
+    True
+    """
+
+    raw_names = ("raw", "gain")
+
+    def raw_shape(self) -> tuple[int, ...]:
+        channels, kh, kw = self._unshuffled
+        return (self.out_channels, channels, kh, kw)
+
+    def reset_parameters(self) -> None:
+        """Gaussian P, the gain equal to its norm, no bias."""
+        _reset(self)
+
+    def map_transfer(self, transfer: Tensor, gain: Tensor) -> Tensor:
+        return cayley(_rescale(transfer, self.raw_values()[0], gain))
+
+
+register(
+    Family("cayley", linear=CayleyLinear, conv=CayleyConv2d, orthogonal=frozenset({"linear", "conv"}))
+)

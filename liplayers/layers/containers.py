@@ -1,0 +1,158 @@
+"""Containers and affine layers with a known effect on the Lipschitz constant; `nn.Sequential` is known as it is.
+
+A container states by `compose_bounds` how the bounds of its branches combine; `liplayers.lipschitz_bound` walks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from liplayers.errors import ArgumentError
+from liplayers.layers.base import LipschitzModule
+
+__all__ = ["Concatenate", "Container", "Normalize", "Residual", "Scale"]
+
+
+class Container(nn.Module):
+    """A module whose bound follows from those of its branches."""
+
+    def branches(self) -> Sequence[nn.Module]:
+        """The modules that are applied to the input."""
+        raise NotImplementedError
+
+    def compose_bounds(self, bounds: Sequence[float]) -> float:
+        """The bound of the container, given one for each branch."""
+        raise NotImplementedError
+
+
+class Residual(Container):
+    r"""Convex residual connection y = (1 − α)x + α·f(x), α = sigmoid(logit) in (0, 1), learned or fixed.
+
+    1-Lipschitz where f is: the bound is (1 − α) + α·L. A plain x + f(x) would have 1 + L.
+
+    Args:
+        branch: f, which keeps the shape of its input.
+        alpha: initial α.
+        learnable: whether α is a parameter.
+
+    Raises:
+        ArgumentError: alpha outside (0, 1).
+
+    Source: Serrurier et al. 2021 (arXiv 2006.06520) for convex combinations of 1-Lipschitz maps.
+
+    >>> Residual(nn.ReLU(), alpha=0.5)(torch.tensor([-2.0, 2.0])).tolist()
+    [-1.0, 2.0]
+    """
+
+    def __init__(self, branch: nn.Module, alpha: float = 0.5, learnable: bool = True) -> None:
+        super().__init__()
+        if not 0 < alpha < 1:
+            raise ArgumentError(f"Residual: alpha={alpha!r}; expected a number strictly between 0 and 1")
+        self.branch = branch
+        self.logit = nn.Parameter(torch.tensor(math.log(alpha / (1 - alpha))), requires_grad=learnable)
+
+    def forward(self, x: Tensor) -> Tensor:
+        alpha = self.logit.sigmoid()
+        return (1 - alpha) * x + alpha * self.branch(x)
+
+    def branches(self) -> Sequence[nn.Module]:
+        return [self.branch]
+
+    def compose_bounds(self, bounds: Sequence[float]) -> float:
+        alpha = self.logit.detach().double().sigmoid().item()
+        return (1 - alpha) + alpha * bounds[0]
+
+
+class Concatenate(Container):
+    r"""Concatenate the outputs of several branches on one input; the bound is √(Σ L_i²).
+
+    Args:
+        modules: the branches, at least one.
+        dim: the dimension along which outputs are joined.
+
+    >>> Concatenate([nn.Identity(), nn.Identity()])(torch.ones(1, 2))
+    tensor([[1., 1., 1., 1.]])
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], dim: int = 1) -> None:
+        super().__init__()
+        self.paths = nn.ModuleList(modules)
+        if not self.paths:
+            raise ArgumentError("Concatenate: no modules; expected at least one")
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([path(x) for path in self.paths], self.dim)
+
+    def branches(self) -> Sequence[nn.Module]:
+        return list(self.paths)
+
+    def compose_bounds(self, bounds: Sequence[float]) -> float:
+        return math.hypot(*bounds)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class Scale(LipschitzModule):
+    """Multiply by a constant: y = factor·x, bound |factor|.
+
+    >>> Scale(3.0).lipschitz_bound()
+    3.0
+    """
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        if not math.isfinite(factor):
+            raise ArgumentError(f"Scale: factor={factor!r}; expected a finite number")
+        self.factor = float(factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def lipschitz_bound(self) -> float:
+        return abs(self.factor)
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor}"
+
+
+class Normalize(LipschitzModule):
+    """Per-channel (x − mean)/std as part of the model; the bound is 1/min(std), in the norm of the pixels.
+
+    Args:
+        mean, std: one number for each channel.
+
+    Shape:
+        (N, C, *) → the same.
+
+    Raises:
+        ArgumentError: lengths that differ, a std that is not positive.
+
+    >>> Normalize([0.5, 0.5], [0.5, 0.25]).lipschitz_bound()
+    4.0
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not len(std) or not all(s > 0 and math.isfinite(s) for s in std):
+            raise ArgumentError(f"Normalize: mean={mean}, std={std}; expected as many positive stds as means")
+        self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.get_default_dtype()))
+        self.register_buffer("std", torch.tensor(list(std), dtype=torch.get_default_dtype()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, *[1] * (x.dim() - 2))
+        return (x - self.mean.view(shape)) / self.std.view(shape)
+
+    def lipschitz_bound(self) -> float:
+        return 1 / self.std.double().min().item()
+
+    def extra_repr(self) -> str:
+        return f"mean={self.mean.tolist()}, std={self.std.tolist()}"

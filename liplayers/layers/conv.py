@@ -1,0 +1,265 @@
+"""What every convolution shares: torch's arguments, their checks, and the two ways to run one.
+
+`KernelConv2d` runs an explicit kernel through torch's conv2d. `FourierConv2d` multiplies each frequency of the padded
+image by a matrix; it needs no kernel, so its map may have unbounded support.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from liplayers.errors import ArgumentError, ShapeError
+from liplayers.layers.base import ParametrizedModule, check_positive
+from liplayers.linalg.convolution import orthogonal_taps_
+from liplayers.linalg.fourier import from_spectrum, spectrum, transfer_matrix
+
+Size2d = int | tuple[int, int]
+
+
+def pair(owner: object, name: str, value: Size2d, least: int) -> tuple[int, int]:
+    """`value` as two integers of at least `least`, or an ArgumentError that names it."""
+    values = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < least for v in values):
+        raise ArgumentError(
+            f"{type(owner).__name__}: {name}={value!r}; expected an integer of at least {least} or a pair of them"
+        )
+    return values[0], values[1]
+
+
+class LipschitzConv2d(ParametrizedModule):
+    """Base of the convolutions: torch's arguments, checked for what keeps the norm at most 1.
+
+    Zero padding of any width is sound: the map is a compression of the convolution on the infinite grid. Circular
+    padding is sound when no input position is repeated in the output's reach more often than on the torus itself:
+    total padding at most k_eff − 1 (k_eff = dilation·(k − 1) + 1) and a stride that divides the image. Reflection and
+    replication enlarge the norm (up to √2 and √(p + 1) an axis) and are refused.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d | str = 0,
+        dilation: Size2d = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(self, in_channels=in_channels, out_channels=out_channels, groups=groups)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = pair(self, "kernel_size", kernel_size, 1)
+        self.stride = pair(self, "stride", stride, 1)
+        self.dilation = pair(self, "dilation", dilation, 1)
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.padding = padding if isinstance(padding, str) else pair(self, "padding", padding, 0)
+        self._effective_size = tuple(d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        self._pads = self._resolve_padding()
+        self._check_arguments()
+        self.raw = nn.Parameter(torch.empty(self.raw_shape(), device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def _resolve_padding(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(before, after) for height and width, as torch resolves them."""
+        if self.padding == "valid":
+            return (0, 0), (0, 0)
+        if self.padding == "same":
+            if self.stride != (1, 1):
+                raise ArgumentError(
+                    f"{type(self).__name__}: padding='same' with stride={self.stride}; use stride 1, "
+                    f"or give the padding as a number"
+                )
+            total = [k - 1 for k in self._effective_size]
+            return (total[0] // 2, total[0] - total[0] // 2), (total[1] // 2, total[1] - total[1] // 2)
+        if isinstance(self.padding, str):
+            raise ArgumentError(
+                f"{type(self).__name__}: padding={self.padding!r}; expected 'same', 'valid', an integer or a pair"
+            )
+        return (self.padding[0], self.padding[0]), (self.padding[1], self.padding[1])
+
+    def _check_arguments(self) -> None:
+        name = type(self).__name__
+        for side, channels in (("in_channels", self.in_channels), ("out_channels", self.out_channels)):
+            if channels % self.groups:
+                raise ArgumentError(f"{name}: groups={self.groups} does not divide {side}={channels}")
+        if self.padding_mode not in ("zeros", "circular"):
+            raise ArgumentError(
+                f"{name}: padding_mode={self.padding_mode!r} enlarges the norm beyond 1; use 'zeros' or 'circular'"
+            )
+        if self.padding_mode == "circular":
+            for (before, after), k in zip(self._pads, self._effective_size, strict=True):
+                if before + after > k - 1:
+                    raise ArgumentError(
+                        f"{name}: circular padding={self.padding} repeats pixels for a kernel that spans {k}: "
+                        f"at most {k - 1} in all keeps the norm at 1; use padding={(k - 1) // 2} or 'same'"
+                    )
+
+    def raw_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def reset_parameters(self) -> None:
+        """One orthogonal block at the centre of the kernel, no bias."""
+        orthogonal_taps_(self.raw, self.stride, self.groups)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _check_input(self, x: Tensor) -> None:
+        name = type(self).__name__
+        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise ShapeError(
+                f"{name}: got an input of shape {tuple(x.shape)}; expected (N, {self.in_channels}, H, W) "
+                f"or ({self.in_channels}, H, W)"
+            )
+        for axis, size in enumerate(x.shape[-2:]):
+            if self.padding_mode == "circular" and size % self.stride[axis]:
+                raise ShapeError(
+                    f"{name}: circular padding with stride {self.stride[axis]} on an image of {tuple(x.shape[-2:])} "
+                    f"exceeds norm 1; the stride must divide the size: crop or pad the image, or use 'zeros'"
+                )
+            if size + sum(self._pads[axis]) < self._effective_size[axis]:
+                raise ShapeError(
+                    f"{name}: the image {tuple(x.shape[-2:])} with padding {self.padding} is smaller than "
+                    f"the kernel's span {self._effective_size}"
+                )
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output, by torch's rule."""
+        sizes = (
+            (n + sum(pad) - k) // s + 1
+            for n, pad, k, s in zip((height, width), self._pads, self._effective_size, self.stride, strict=True)
+        )
+        h, w = sizes
+        return h, w
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)!r}"
+        return text + (", bias=False" if self.bias is None else "")
+
+
+class KernelConv2d(LipschitzConv2d):
+    """A convolution that runs an explicit kernel; subclasses implement `map_kernel`.
+
+    `map_kernel` gets the raw parameters, the first as (groups, out/groups, in/groups, kh, kw), and returns a kernel of
+    that shape whose convolution, with this stride and dilation, has norm ≤ 1 on the infinite grid.
+    """
+
+    def map_kernel(self, *raw: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _mapped(self) -> Tensor:
+        raw, *rest = self.raw_values()
+        grouped = rearrange(raw, "(g o) i a b -> g o i a b", g=self.groups)
+        return rearrange(self.map_kernel(grouped, *rest), "g o i a b -> (g o) i a b")
+
+    def compute_effective(self) -> Tensor:
+        return self._mapped().to(self.raw.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective kernel, (out_channels, in_channels/groups, kh, kw), as torch's conv2d takes it."""
+        return self.effective()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        return run_conv2d(x, self.effective(), self.bias, self)
+
+    def lipschitz_bound(self) -> float:
+        dtype = self.executed_dtype()
+        if torch.finfo(dtype).bits >= 32:
+            return 1.0
+        with torch.no_grad(), torch.autocast(self.raw_device.type, enabled=False):
+            exact = self._mapped().double()
+            error = exact.to(self.raw.dtype).to(dtype).double() - exact
+        # the norm of a convolution is at most the sum of its taps' norms
+        return 1.0 + torch.linalg.matrix_norm(error, dim=(0, 1)).sum().item()
+
+
+def run_conv2d(x: Tensor, kernel: Tensor, bias: Tensor | None, conv: LipschitzConv2d) -> Tensor:
+    """conv2d with the stride, padding, dilation and groups of `conv`."""
+    (top, bottom), (left, right) = conv._pads
+    if conv.padding_mode == "circular":
+        x = F.pad(x, (left, right, top, bottom), mode="circular")
+        padding: Any = 0
+    elif isinstance(conv.padding, str):
+        padding = conv.padding
+    else:
+        padding = conv.padding
+    return F.conv2d(x, kernel, bias, conv.stride, padding, conv.dilation, conv.groups)
+
+
+class FourierConv2d(LipschitzConv2d):
+    """A convolution that is a contraction at each frequency; subclasses implement `map_transfer`.
+
+    The image is zero-padded as asked, pixel-unshuffled by the stride, transformed, multiplied at each frequency by
+    W(ω) with ‖W(ω)‖ ≤ 1, transformed back and cropped to the size that torch's convolution would have. Embedding and
+    cropping are contractions, so the whole is one, for every image size; with circular padding nothing is cropped at
+    stride 1 and an orthogonal W(ω) gives an orthogonal layer.
+    """
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        if self.groups != 1 or self.dilation != (1, 1):
+            raise ArgumentError(
+                f"{type(self).__name__}: groups={self.groups}, dilation={self.dilation}; this family supports only "
+                f"groups=1 and dilation=1; AOLConv2d and BjorckConv2d support both"
+            )
+
+    @property
+    def _unshuffled(self) -> tuple[int, int, int]:
+        """Input channels and kernel size of the stride-1 map on pixel-unshuffled images."""
+        (kh, kw), (sh, sw) = self.kernel_size, self.stride
+        return self.in_channels * sh * sw, math.ceil(kh / sh), math.ceil(kw / sw)
+
+    def map_transfer(self, *transfer: Tensor) -> Any:
+        """From the transfer matrices of the raw kernels, (H, W//2 + 1, ·, ·), to what `apply_transfer` needs."""
+        raise NotImplementedError
+
+    def apply_transfer(self, weight: Any, X: Tensor) -> Tensor:
+        """Multiply a spectrum (H, W//2 + 1, in, B) by the layer's map; the result has out_channels channels."""
+        return weight @ X
+
+    def compute_effective(self, height: int, width: int) -> Any:
+        raw, *rest = self.raw_values()
+        return self.map_transfer(transfer_matrix(raw, (height, width)), *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        batched = x.dim() == 4
+        out_h, out_w = self.output_size(*x.shape[-2:])
+        y = x if batched else x[None]
+        y = y.to(torch.promote_types(y.dtype, torch.float32))  # no transform exists in half precision
+        (sh, sw), (top, left) = self.stride, (0, 0)
+        if self.padding_mode == "zeros":
+            bottom, right = (-(n + sum(pad)) % s for n, pad, s in zip(y.shape[-2:], self._pads, self.stride, strict=True))
+            (pad_top, pad_bottom), (pad_left, pad_right) = self._pads
+            y = F.pad(y, (pad_left, pad_right + right, pad_top, pad_bottom + bottom))
+            top, left = ((k - 1) // 2 // s for k, s in zip(self.kernel_size, self.stride, strict=True))
+        y = rearrange(y, "n c (h a) (w b) -> n (c a b) h w", a=sh, b=sw)
+        size = (y.shape[-2], y.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.effective(*size)
+            y = from_spectrum(self.apply_transfer(weight, spectrum(y)), size)
+        y = y[..., top : top + out_h, left : left + out_w].to(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)[:, None, None]
+        return y if batched else y[0]
+
+    def lipschitz_bound(self) -> float:
+        return 1.0

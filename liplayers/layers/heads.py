@@ -1,0 +1,47 @@
+"""Last layers: the pairwise Lipschitz constants of logit differences are what a certificate divides by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from liplayers.layers.base import LipschitzLinear
+from liplayers.linalg.norms import spectral_norm_bound
+
+__all__ = ["NormalizedLinear", "row_distances"]
+
+
+def row_distances(weight: Tensor) -> Tensor:
+    """‖w_y − w_j‖ for all pairs of rows, (K, K), with zeros on the diagonal; differentiable, gradient 0 at equal rows.
+
+    >>> row_distances(torch.eye(2))
+    tensor([[0.0000, 1.4142],
+            [1.4142, 0.0000]])
+    """
+    return torch.linalg.vector_norm(weight[:, None] - weight[None, :], dim=-1)
+
+
+class NormalizedLinear(LipschitzLinear):
+    r"""Last layer with unit rows: W = P/‖p_k‖, y = Wx + b.
+
+    Each logit is 1-Lipschitz, the map of all of them is not: its bound is that of ‖W‖, up to √K. Certificates use
+    ‖w_y − w_j‖ for each pair. Rows of zeros stay zero.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
+
+    Source: Singla, Singla & Feizi 2022, arXiv 2108.04062 ("last layer normalization").
+
+    >>> NormalizedLinear(4, 10).weight.norm(dim=1).allclose(torch.ones(10))
+    True
+    """
+
+    def map_weight(self, raw: Tensor) -> Tensor:
+        largest = raw.detach().abs().amax(1, keepdim=True)
+        P = raw / torch.where(largest > 0, largest, 1)
+        norm = torch.linalg.vector_norm(P, dim=1, keepdim=True)
+        return P / torch.where(norm > 0, norm, 1)
+
+    def lipschitz_bound(self) -> float:
+        with torch.no_grad():
+            return spectral_norm_bound(self.weight.to(self.executed_dtype())).item()

@@ -1,0 +1,141 @@
+"""Pooling without overlap and resampling, each 1-Lipschitz; `torch.nn.PixelUnshuffle` and `nn.MaxPool2d` are known too."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from liplayers.errors import ArgumentError, ShapeError
+from liplayers.layers.base import LipschitzModule, check_positive
+from liplayers.layers.conv import Size2d, pair
+
+__all__ = ["AvgPool2d", "GlobalL2Pool2d", "L2Pool2d", "MaxPool2d", "PadChannels"]
+
+
+class _Pool2d(LipschitzModule):
+    """Pooling over patches of kernel_size = stride, which every pixel enters at most once."""
+
+    def __init__(self, kernel_size: Size2d, stride: Size2d | None = None) -> None:
+        super().__init__()
+        self.kernel_size = pair(self, "kernel_size", kernel_size, 1)
+        self.stride = self.kernel_size if stride is None else pair(self, "stride", stride, 1)
+        if self.stride != self.kernel_size:
+            raise ArgumentError(
+                f"{type(self).__name__}: kernel_size={self.kernel_size}, stride={self.stride}; overlapping patches are "
+                f"not 1-Lipschitz: use equal sizes, or torch's own pooling, whose overlap lipschitz_bound counts"
+            )
+
+    def patches(self, x: Tensor) -> Tensor:
+        """(…, H, W) → (…, H//k, W//k, k²); border pixels that fill no patch are dropped, as torch does."""
+        kh, kw = self.kernel_size
+        height, width = x.shape[-2] // kh * kh, x.shape[-1] // kw * kw
+        if not height or not width:
+            raise ShapeError(
+                f"{type(self).__name__}: the image {tuple(x.shape[-2:])} is smaller than kernel_size={self.kernel_size}"
+            )
+        return rearrange(x[..., :height, :width], "... (h a) (w b) -> ... h w (a b)", a=kh, b=kw)
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}"
+
+
+class AvgPool2d(_Pool2d):
+    r"""Average pooling scaled to norm 1: y = (Σ_patch x)/√|patch|, √|patch| times torch's average.
+
+    Args:
+        kernel_size: an integer or a pair.
+        stride: None or equal to kernel_size.
+
+    Shape:
+        (*, H, W) → (*, ⌊H/k⌋, ⌊W/k⌋).
+
+    Raises:
+        ArgumentError: a stride other than kernel_size.
+
+    >>> AvgPool2d(2)(torch.ones(1, 1, 2, 2))
+    tensor([[[[2.]]]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.patches(x).sum(-1) / math.sqrt(math.prod(self.kernel_size))
+
+
+class L2Pool2d(_Pool2d):
+    r"""ℓ2 pooling, y = √(Σ_patch x²): preserves the norm; 1-Lipschitz by the triangle inequality in each patch.
+
+    Arguments, shape and errors as `AvgPool2d`. The gradient at an all-zero patch is taken as 0.
+
+    Source: Boureau et al. 2010; as a 1-Lipschitz layer, Serrurier et al. 2021 (arXiv 2006.06520).
+
+    >>> L2Pool2d(2)(torch.ones(1, 1, 2, 2))
+    tensor([[[[2.]]]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(self.patches(x), dim=-1)
+
+
+class MaxPool2d(_Pool2d):
+    r"""Max pooling over disjoint patches: 1-Lipschitz, since each patch's maximum is.
+
+    Arguments, shape and errors as `AvgPool2d`.
+
+    >>> MaxPool2d(2)(torch.arange(4.0).view(1, 1, 2, 2))
+    tensor([[[[3.]]]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.patches(x).amax(-1)
+
+
+class GlobalL2Pool2d(LipschitzModule):
+    r"""y_c = √(Σ_hw x²_chw), one number for each channel of an image of any size; preserves the norm.
+
+    Shape:
+        (N, C, H, W) → (N, C).
+
+    Source: Hu et al. 2026, arXiv 2601.18513.
+
+    >>> GlobalL2Pool2d()(torch.ones(1, 1, 2, 2))
+    tensor([[2.]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dim=(-2, -1))
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+
+class PadChannels(LipschitzModule):
+    r"""Append channels of zeros, or cut channels off, along dimension 1: an isometry or a projection.
+
+    Args:
+        channels: of the output.
+
+    >>> PadChannels(3)(torch.ones(1, 2)), PadChannels(1)(torch.ones(1, 2))
+    (tensor([[1., 1., 0.]]), tensor([[1.]]))
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        check_positive(self, channels=channels)
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = self.channels - x.shape[1]
+        if missing <= 0:
+            return x[:, : self.channels]
+        return torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], 1)
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}"

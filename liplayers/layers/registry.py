@@ -1,0 +1,62 @@
+"""The families by name: what the audit suite, the models' layer choices and the documentation iterate over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from liplayers.errors import ArgumentError, UnknownNameError
+
+ROLES = ("linear", "conv", "dense_block", "conv_block")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of layers.
+
+    `linear` and `conv` have the signatures of nn.Linear and nn.Conv2d; `dense_block(features)` and
+    `conv_block(channels)` keep the shape of their input. `orthogonal` lists the roles whose map is orthogonal (for
+    "conv", with circular padding).
+    """
+
+    name: str
+    linear: Callable[..., nn.Module] | None = None
+    conv: Callable[..., nn.Module] | None = None
+    dense_block: Callable[..., nn.Module] | None = None
+    conv_block: Callable[..., nn.Module] | None = None
+    orthogonal: frozenset[str] = frozenset()
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Make a family known by its name; called once at the end of each family's file."""
+    if family.name in FAMILIES:
+        raise ArgumentError(f"family {family.name!r} is registered already")
+    FAMILIES[family.name] = family
+
+
+def get_layer(name: str | Callable[..., nn.Module], role: str) -> Callable[..., nn.Module]:
+    """The layer class of a family for a role; a callable is returned as it is.
+
+    Args:
+        name: a registered family ("bro"), or a class or function to use instead.
+        role: one of "linear", "conv", "dense_block", "conv_block".
+
+    Raises:
+        UnknownNameError: no family of that name has that role.
+
+    >>> get_layer("aol", "linear").__name__
+    'AOLLinear'
+    """
+    if role not in ROLES:
+        raise UnknownNameError.of("layer role", role, ROLES)
+    if callable(name):
+        return name
+    known = {family.name: getattr(family, role) for family in FAMILIES.values() if getattr(family, role)}
+    if name not in known:
+        raise UnknownNameError.of(f"{role} layer", name, known)
+    return known[name]

@@ -1,0 +1,1 @@
+"""Pure functions on tensors, batched over leading dimensions: no modules, no state."""

@@ -1,0 +1,133 @@
+"""Explicit convolution kernels: polyphase form, autocorrelation, and proven norm bounds.
+
+A kernel is (groups, out, in, kh, kw); out and in count the channels of one group. Each bound holds for every image size, for zero
+padding of any width, and for circular padding whose output is no larger than its input; these maps are compressions
+of the convolution on the infinite grid, whose norm is the supremum of ‖K̂(ω)‖ over all frequencies.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from liplayers.linalg.fourier import transfer_matrix
+
+
+def overlap(kernel_size: int, stride: int, dilation: int = 1) -> int:
+    """The largest number of taps that one input position meets, along one axis: ⌈k·gcd(s, d)/s⌉.
+
+    >>> overlap(3, 1), overlap(3, 2), overlap(2, 2), overlap(3, 2, dilation=2)
+    (3, 2, 1, 3)
+    """
+    return math.ceil(kernel_size * math.gcd(stride, dilation) / stride)
+
+
+def tap_phases(kernel_size: int, stride: int, dilation: int = 1) -> list[int]:
+    """The residue modulo the stride of the input position that each tap reads, along one axis."""
+    return [t * dilation % stride for t in range(kernel_size)]
+
+
+def polyphase(kernel: Tensor, stride: tuple[int, int], dilation: tuple[int, int] = (1, 1)) -> Tensor:
+    """The stride-1 kernel on pixel-unshuffled input that acts as `kernel` with stride and dilation does.
+
+    Args:
+        kernel: (groups, out, in, kh, kw).
+
+    Returns:
+        (groups, out, in·s_h·s_w, ⌈k'_h/s_h⌉, ⌈k'_w/s_w⌉), k' the dilated size.
+
+    >>> polyphase(torch.randn(1, 8, 3, 4, 4), (2, 2)).shape
+    torch.Size([1, 8, 12, 2, 2])
+    """
+    if dilation != (1, 1):
+        g, o, i, kh, kw = kernel.shape
+        spread = kernel.new_zeros(g, o, i, dilation[0] * (kh - 1) + 1, dilation[1] * (kw - 1) + 1)
+        spread[..., :: dilation[0], :: dilation[1]] = kernel
+        kernel = spread
+    if stride == (1, 1):
+        return kernel
+    kh, kw = kernel.shape[-2:]
+    kernel = F.pad(kernel, (0, -kw % stride[1], 0, -kh % stride[0]))
+    return rearrange(kernel, "g o i (a sh) (b sw) -> g o (i sh sw) a b", sh=stride[0], sw=stride[1])
+
+
+def autocorrelation(kernel: Tensor, side: str) -> Tensor:
+    """All lags of K*K (`side="in"`) or KK* (`side="out"`) of a stride-1 kernel.
+
+    Returns:
+        (groups, n, n, 2·kh − 1, 2·kw − 1), n the number of channels of that side.
+    """
+    groups, (kh, kw) = kernel.shape[0], kernel.shape[-2:]
+    K = rearrange(kernel, "g o i a b -> g i o a b") if side == "in" else kernel
+    images = rearrange(K, "g n c a b -> n (g c) a b")
+    filters = rearrange(K, "g n c a b -> (g n) c a b")
+    lags = F.conv2d(images, filters, padding=(kh - 1, kw - 1), groups=groups)
+    return rearrange(lags, "n (g m) a b -> g m n a b", g=groups)
+
+
+def row_sum_bound(kernel: Tensor) -> Tensor:
+    """Upper bound √(max_i Σ_j Σ_lags |autocorrelation|) on the norm of a stride-1 convolution, the AOL bound.
+
+    Differentiable. Exact for kernels of one orthogonal tap.
+
+    Returns:
+        a scalar, over all groups.
+    """
+    side = "in" if kernel.shape[2] <= kernel.shape[1] else "out"
+    return autocorrelation(kernel, side).abs().sum((2, 3, 4)).amax().sqrt()
+
+
+def conv_norm_bound(
+    weight: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    grid: int = 32,
+) -> float:
+    """Upper bound on the norm of torch's conv2d with `weight`, from its symbol on a grid.
+
+    The symbol is a trigonometric polynomial of degree k − 1 along each axis, so its norm between the points of an
+    N × N grid is at most the largest on the grid, divided by cos(π(k − 1)/2N) for each axis.
+
+    Args:
+        weight: (out, in/groups, kh, kw), as torch holds it.
+        grid: N; raised to 4(k − 1) where that is more.
+
+    Returns:
+        the smaller of this bound and of `row_sum_bound`.
+
+    >>> round(conv_norm_bound(torch.ones(1, 1, 3, 3) / 9), 2)
+    1.0
+    """
+    kernel = rearrange(weight.detach().double(), "(g o) i a b -> g o i a b", g=groups)
+    kernel = polyphase(kernel, stride, dilation)
+    kh, kw = kernel.shape[-2:]
+    N = max(grid, 4 * (max(kh, kw) - 1))
+    largest = torch.linalg.matrix_norm(transfer_matrix(kernel, (N, N)), ord=2).amax().item()
+    slack = math.prod(math.cos(math.pi * (k - 1) / (2 * N)) for k in (kh, kw))
+    return min(largest / slack, row_sum_bound(kernel).item())
+
+
+def orthogonal_taps_(weight: Tensor, stride: tuple[int, int], groups: int = 1) -> Tensor:
+    """Fill a kernel (out, in/groups, kh, kw) with one orthogonal block of min(k, s) taps at its centre, zeros elsewhere.
+
+    The convolution is then an isometry (or the adjoint of one) of pixel-unshuffled images: signals neither grow nor
+    vanish through deep stacks.
+    """
+    with torch.no_grad():
+        weight.zero_()
+        block = [min(k, s) for k, s in zip(weight.shape[-2:], stride, strict=True)]
+        start = [(k - b) // 2 for k, b in zip(weight.shape[-2:], block, strict=True)]
+        out, channels = weight.shape[0] // groups, weight.shape[1]
+        for group in range(groups):
+            Q = torch.empty(out, channels * block[0] * block[1], dtype=torch.float32, device=weight.device)
+            torch.nn.init.orthogonal_(Q)
+            Q = rearrange(Q, "o (i a b) -> o i a b", a=block[0], b=block[1]).to(weight.dtype)
+            for a, b in product(range(block[0]), range(block[1])):
+                weight[group * out : (group + 1) * out, :, start[0] + a, start[1] + b] = Q[..., a, b]
+    return weight
