@@ -27,6 +27,15 @@ _ADD = {operator.add, torch.add, operator.sub, torch.sub}
 _SHAPE_METHODS = {"size", "dim"}
 
 
+class _Functional(fx.Proxy):
+    """A proxy that refuses in-place operators: the trace would not see that another name changes with this one."""
+
+    def _refuse(self, other: object) -> fx.Proxy:
+        raise UnknownBoundError("its forward updates a tensor in place (x += y and the like): write x = x + y")
+
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = _refuse
+
+
 def traced_bounds(module: nn.Module, is_leaf: Any, leaf_bound: Any) -> tuple[fx.Graph, dict[fx.Node, float]]:
     """The graph of `module.forward` and the bound of each of its values.
 
@@ -39,11 +48,16 @@ def traced_bounds(module: nn.Module, is_leaf: Any, leaf_bound: Any) -> tuple[fx.
     """
 
     class Tracer(fx.Tracer):
+        def proxy(self, node: fx.Node) -> fx.Proxy:
+            return _Functional(node, self)
+
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             return is_leaf(m, module_qualified_name)
 
     try:
         graph = Tracer().trace(module)
+    except UnknownBoundError:
+        raise
     except Exception as error:  # tracing runs the user's code: anything may come out
         raise UnknownBoundError(f"its forward cannot be traced ({str(error).splitlines()[0]})") from None
     bounds: dict[fx.Node, float] = {}

@@ -124,4 +124,9 @@ def torch_bound(module: nn.Module, shape: Shape | None) -> float | None:
         with torch.no_grad():
             return rule(module, shape)
     slopes = slope_range(module)
-    return None if slopes is None else max(abs(slopes[0]), abs(slopes[1]))
+    if slopes is None:
+        return None
+    bound = max(abs(slopes[0]), abs(slopes[1]))
+    if bound > 1 and getattr(module, "inplace", False):
+        raise UnknownBoundError("inplace=True with slopes above 1 also changes other uses of its input")
+    return bound

@@ -30,6 +30,10 @@ _COLOUR = ("CMYK", "P", "PA", "RGB", "RGBA", "RGBX", "YCbCr")
 # Files given to a thread at a time: few enough for a smooth bar, enough that handing over costs nothing.
 _CHUNK = 256
 
+# Smaller images are decoded by one thread: handling them holds the interpreter's lock for longer than decoding takes
+# without it, and on two cores a second thread makes 32 × 32 JPEGs slower by half.
+_THREADED_PIXELS = 128 * 128
+
 # Part of a cache file's name; to be raised whenever decoding changes.
 _CACHE_VERSION = 1
 
@@ -49,10 +53,6 @@ class _Files:
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
-    if not folder.is_dir():
-        raise DataNotFoundError(
-            f"image folder: no folder {folder}; expected {folder.name}/<class>/<image> under {folder.parent}"
-        )
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise DataError(f"image folder: no class folders in {folder}; expected <class>/<image> there")
@@ -92,11 +92,13 @@ def _chunks(names: Sequence[str]) -> list[Sequence[str]]:
     return [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
 
 
-def _threaded(work: Callable[[Sequence[str]], Result], names: Sequence[str], description: str) -> Generator[Result]:
+def _threaded(
+    work: Callable[[Sequence[str]], Result], names: Sequence[str], description: str, threads: int
+) -> Generator[Result]:
     """The results chunk by chunk, in order, with a bar on a terminal; to be closed when not used up."""
     console = Console(stderr=True)
     chunks = _chunks(names)
-    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(threads)
     try:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task(description, total=len(names))
@@ -115,6 +117,7 @@ class _Format:
     grey: bool
     size: tuple[int, int]
     resize: bool
+    threads: int = 1
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -142,7 +145,7 @@ class _Format:
                 place[...] = self.decode(files.path(name))
             return images
 
-        yield from _threaded(chunk, files.names, "decoding images")
+        yield from _threaded(chunk, files.names, "decoding images", self.threads)
 
 
 def _header(path: Path) -> tuple[str, tuple[int, int]]:
@@ -169,14 +172,16 @@ def _find_format(splits: Sequence[_Files], image_size: tuple[int, int] | None) -
             return [_header(files.path(name)) for name in names]
 
         # Closed at once on a wrong size, or the threads would go on and the bar stay.
-        with closing(_threaded(headers, files.names, "reading image sizes")) as parts:
+        with closing(_threaded(headers, files.names, "reading image sizes", threads=1)) as parts:
             for name, (mode, size) in zip(files.names, chain.from_iterable(parts), strict=True):
                 grey = grey and mode in _GREY
                 first = first or (files.path(name), size)
                 if image_size is None and size != first[1]:
                     raise _differs(files.path(name), size, *first)
     assert first is not None
-    return _Format(grey, image_size or first[1], resize=image_size is not None)
+    large = first[1][0] * first[1][1] >= _THREADED_PIXELS
+    threads = min(16, os.cpu_count() or 1) if large else 1
+    return _Format(grey, image_size or first[1], resize=image_size is not None, threads=threads)
 
 
 def _collected(files: _Files, form: _Format) -> torch.Tensor:
@@ -250,11 +255,13 @@ def _checked_size(image_size: int | Sequence[int] | None) -> tuple[int, int] | N
 class ImageFolderData(ImageDataModule):
     """Image files in the layout root/{train,test}/<class>/…, as torchvision's ImageFolder reads it.
 
-    Everything is decoded once, by several threads, into one uint8 tensor for each split. Images keep one channel if
-    every file of both splits is grey, else all become RGB; transparency is dropped. Classes are the sorted names of the
-    class folders, the same for both splits. With a cache the decoded images are mapped from a file, which is found
-    again as long as names, sizes and modification times of the files stay the same (a file changed behind the same
-    size and time goes unnoticed); files of earlier states stay in the cache folder until deleted.
+    Everything is decoded once (large images by several threads) into one uint8 tensor for each split. Images keep one
+    channel if every file of both splits is grey, else all become RGB; transparency is dropped. Classes are the sorted
+    names of the class folders, the same for both splits.
+
+    With a cache the decoded images are mapped from a file, which is found again as long as names, sizes and
+    modification times of the files stay the same (a file changed behind the same size and time goes unnoticed); files
+    of earlier states stay in the cache folder until deleted.
 
     Args:
         root: the folder that holds both splits.
@@ -305,6 +312,11 @@ class ImageFolderData(ImageDataModule):
     def load(self) -> Loaded:
         if not self.root.is_dir():
             raise DataNotFoundError(f"image folder: no folder {self.root}; set data.root")
+        for split in (self.train, self.test):
+            if not (self.root / split).is_dir():
+                raise DataNotFoundError(
+                    f"image folder: no folder {self.root / split}; expected {split}/<class>/<image> in {self.root}"
+                )
         class_names = self._classes()
         train, test = (_scan(self.root, split, class_names) for split in (self.train, self.test))
         images = self._decoded(train, test) if self.cache is None else self._cached(self.cache, train, test)

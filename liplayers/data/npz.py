@@ -17,16 +17,32 @@ from liplayers.errors import DataError, DataNotFoundError
 # A label above both this and the number of samples is taken for a mistake, not for so many classes.
 _MOST_CLASSES = 1000
 
+# What NumPy and zipfile raise on damaged archives, depending on where the damage is.
+_UNREADABLE = (
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
 
 def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise DataNotFoundError(f"npz data: no file {path}; set data.train and data.test to .npz files")
     try:
+        with path.open("rb") as file:
+            start = file.read(6)
+        if start == b"\x93NUMPY":
+            raise DataError(f"npz data: {path} holds a single array; save both with np.savez(path, images=…, labels=…)")
+        if not start.startswith(b"PK"):
+            # NumPy would call anything unknown a pickle.
+            raise DataError(f"npz data: {path} is truncated or not an .npz file; save it with np.savez")
         with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(
-                    f"npz data: {path} holds a single array; save both with np.savez(path, images=…, labels=…)"
-                )
             missing = [name for name in ("images", "labels") if name not in archive.files]
             if missing:
                 found = ", ".join(archive.files) or "no arrays"
@@ -34,16 +50,7 @@ def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
             return archive["images"], archive["labels"]
     except DataError:
         raise
-    except (
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        SyntaxError,
-        NotImplementedError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except _UNREADABLE as error:
         if "allow_pickle" in str(error):
             raise DataError(
                 f"npz data: {path} holds pickled objects, which are never opened as they can run code; save plain "

@@ -137,7 +137,8 @@ def check_positive(owner: object, **sizes: int) -> None:
     """Raise ArgumentError unless every size is an integer of at least 1."""
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"{type(owner).__name__}: {name}={value!r}; expected an integer of at least 1")
+            owner_name = getattr(owner, "__name__", type(owner).__name__)
+            raise ArgumentError(f"{owner_name}: {name}={value!r}; expected an integer of at least 1")
 
 
 class LipschitzLinear(ParametrizedModule):

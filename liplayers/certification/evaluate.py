@@ -1,0 +1,135 @@
+"""Certify a classifier on a data set: one radius for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from liplayers.bounds import HeadSplit, split_head
+from liplayers.certification.radius import certified_accuracy, certified_radius
+from liplayers.errors import DataError, ShapeError
+
+PROGRESS_FROM = 2000  # samples; shorter sets are done before a bar is read
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """The result for each sample: tensors of one length.
+
+    `margin` is f_y − max_{j≠y} f_j for the predicted y; `radius` is in the norm of the pixels.
+    """
+
+    label: Tensor
+    prediction: Tensor
+    margin: Tensor
+    radius: Tensor
+
+    @property
+    def correct(self) -> Tensor:
+        return self.label == self.prediction
+
+    @property
+    def clean_accuracy(self) -> float:
+        return self.correct.double().mean().item()
+
+    def accuracy(self, epsilon: float) -> float:
+        """Certified accuracy at radius ε."""
+        return certified_accuracy(self.radius, self.correct, epsilon)
+
+    @property
+    def mean_radius(self) -> float:
+        """The mean over all samples, where a wrong prediction counts 0 (average certified radius)."""
+        return torch.where(self.correct, self.radius, 0.0).mean().item()
+
+    @property
+    def not_finite(self) -> int:
+        """How many samples had NaN or infinite logits; they certify nothing."""
+        return int((~self.margin.isfinite()).sum())
+
+
+def certify(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    total: int | None = None,
+    console: Console | None = None,
+) -> tuple[Certificates, HeadSplit]:
+    """Evaluate `model` in float64 and certify each prediction.
+
+    The model is converted in place (`model.double().eval()`): the certified classifier is the float64 one.
+
+    Args:
+        batches: (images in [0, 1], labels).
+        total: number of samples, for the progress bar.
+        console: where the progress bar goes; None shows none.
+
+    Returns:
+        the certificates, and the bound of the body with the head that they were divided by.
+
+    Raises:
+        UnknownBoundError: a part of the model without a known bound.
+        ShapeError: images of another shape than `input_shape`, logits of another size than `num_classes`.
+        DataError: no samples, pixels that are NaN, infinite, or outside [0, 1].
+
+    >>> from liplayers import AOLLinear
+    >>> certificates, _ = certify(AOLLinear(2, 2), [(torch.rand(3, 2), torch.tensor([0, 1, 0]))],
+    ...                           input_shape=(2,), num_classes=2)
+    >>> certificates.radius.shape
+    torch.Size([3])
+    """
+    model = model.double().eval().requires_grad_(False)
+    split = split_head(model, input_shape)
+    constants = split.margin_lipschitz(num_classes)
+    columns: list[list[Tensor]] = [[], [], [], []]
+    device = next(iter(model.parameters()), torch.empty(0)).device
+    bar = Progress(
+        TextColumn("certifying"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console is None or total is None or total < PROGRESS_FROM,
+        transient=True,
+    )
+    with bar, torch.no_grad():
+        task = bar.add_task("certify", total=total)
+        done = 0
+        for images, labels in batches:
+            _check_images(images, input_shape, done)
+            logits = model(images.to(device, torch.float64)).cpu()
+            if logits.shape[1] != num_classes:
+                raise ShapeError(f"the model has {logits.shape[1]} logits, the data {num_classes} classes")
+            best = logits.topk(2, 1).values
+            for column, value in zip(
+                columns,
+                (labels.cpu(), logits.argmax(1), best[:, 0] - best[:, 1], certified_radius(logits, constants.cpu())),
+                strict=True,
+            ):
+                column.append(value)
+            done += len(images)
+            bar.update(task, completed=done)
+    if not done:
+        raise DataError("no samples to certify: the data set is empty")
+    return Certificates(*(torch.cat(column) for column in columns)), split
+
+
+def _check_images(images: Tensor, input_shape: tuple[int, ...], done: int) -> None:
+    if tuple(images.shape[1:]) != tuple(input_shape):
+        raise ShapeError(
+            f"the images have shape {tuple(images.shape[1:])}, the model was trained on {tuple(input_shape)} "
+            f"(channels, height, width); set data.image_size or use the data set it was trained on"
+        )
+    wrong = ~((images >= 0) & (images <= 1))  # NaN compares false
+    if wrong.any():
+        position = wrong.nonzero()[0].tolist()
+        value = images[tuple(position)].item()
+        raise DataError(
+            f"sample {done + position[0]}, pixel {tuple(position[1:])}: {value}; expected pixels in [0, 1]"
+        )

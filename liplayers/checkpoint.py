@@ -1,0 +1,88 @@
+"""The checkpoint format: Lightning's, plus one entry that says how to rebuild the model. Never unpickles code."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liplayers.errors import CheckpointError
+
+KEY = "liplayers"
+_PREFIX = "model."
+
+
+def describe(config: dict[str, Any], input_shape: tuple[int, ...], class_names: tuple[str, ...]) -> dict[str, Any]:
+    """The entry that a checkpoint carries: plain numbers, strings, lists and dicts only."""
+    from liplayers import __version__
+
+    return {
+        "version": __version__,
+        "config": config,
+        "input_shape": list(input_shape),
+        "class_names": [str(name) for name in class_names],
+    }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read: the entry of `describe`, the model's tensors, the file's hash."""
+
+    path: Path
+    sha256: str
+    version: str
+    config: dict[str, Any]
+    input_shape: tuple[int, ...]
+    class_names: tuple[str, ...]
+    epoch: int
+    state_dict: dict[str, Tensor]
+
+    def load_into(self, model: nn.Module) -> None:
+        """Copy the tensors into `model`, built from this checkpoint's config."""
+        try:
+            model.load_state_dict(self.state_dict)
+        except RuntimeError as error:
+            detail = " ".join(str(error).split())
+            raise CheckpointError(f"{self.path}: the weights do not fit the model of its config ({detail})") from None
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint with weights_only=True: tensors and plain containers, no code.
+
+    Raises:
+        CheckpointError: missing, truncated, unreadable, or not written by liplayers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; training writes them to <output>/checkpoints/")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = "it holds objects other than tensors, which are never unpickled" if zipfile.is_zipfile(path) else error
+        raise CheckpointError(f"{path}: cannot be read ({str(reason).splitlines()[0]})") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: truncated or not a checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict) or not isinstance(content.get(KEY), dict) or "state_dict" not in content:
+        raise CheckpointError(
+            f"{path}: a torch file, but not a checkpoint of liplayers (no entry {KEY!r}); train with train.py"
+        )
+    entry, state = content[KEY], content["state_dict"]
+    try:
+        return Checkpoint(
+            path=path,
+            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            version=entry["version"],
+            config=entry["config"],
+            input_shape=tuple(entry["input_shape"]),
+            class_names=tuple(entry["class_names"]),
+            epoch=content.get("epoch", -1),
+            state_dict={k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)},
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: its entry {KEY!r} is incomplete ({error}); train again") from None

@@ -1,0 +1,77 @@
+"""LipConvNet: stages of 1-Lipschitz convolutions, each closed by a strided one (Singla & Feizi 2021, arXiv 2105.11417)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from liplayers.errors import ArgumentError
+from liplayers.layers.activations import get_activation
+from liplayers.layers.base import check_positive
+from liplayers.layers.registry import get_layer
+from liplayers.models.parts import LayerChoice, centring, image_shape, make_head, sequence
+
+
+def lipconvnet(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    conv: LayerChoice = "bro",
+    linear: LayerChoice | None = None,
+    channels: int = 32,
+    stages: int = 3,
+    convs_per_stage: int = 1,
+    kernel_size: int = 3,
+    activation: str | Callable[[], nn.Module] = "maxmin",
+    dense: int = 0,
+    width: int = 256,
+    head: LayerChoice = "normalized",
+    mean: float = 0.5,
+) -> nn.Sequential:
+    """Stages of `convs_per_stage` convolutions and one of stride 2 that doubles the channels; then dense layers, head.
+
+    Args:
+        input_shape: (channels, height, width) of one image.
+        conv: a family's name or a class with nn.Conv2d's signature.
+        linear: of the dense layers; None takes the family of `conv` (which must then be a name).
+        channels: of the first stage.
+        stages: each halves the image; ⌈height/2^stages⌉ must stay at least 1.
+        dense, width: number and size of dense layers before the head.
+        head: "normalized", "linear", or a family's name.
+
+    Raises:
+        UnknownNameError: a layer, activation or head of unknown name.
+        ArgumentError: more stages than the image has halvings.
+
+    >>> lipconvnet((3, 32, 32), 10, conv="aol", channels=8, stages=3).head
+    NormalizedLinear(in_features=1024, out_features=10, bias=True)
+    """
+    image = image_shape(input_shape)
+    check_positive(lipconvnet, channels=channels, stages=stages, convs_per_stage=convs_per_stage)
+    check_positive(lipconvnet, kernel_size=kernel_size, width=width, num_classes=num_classes)
+    layer = get_layer(conv, "conv")
+    size, here = list(image[1:]), image[0]
+    body: list[nn.Module] = []
+    for stage in range(stages):
+        if min(size) < 2:
+            raise ArgumentError(f"stages={stages}: the image {image[1:]} can be halved {stage} times only")
+        there = channels * 2**stage
+        for _ in range(convs_per_stage):
+            body += [layer(here, there, kernel_size, padding=kernel_size // 2), get_activation(activation)]
+            here = there
+        body += [layer(here, 2 * there, kernel_size, stride=2, padding=kernel_size // 2), get_activation(activation)]
+        here = 2 * there
+        size = [(n + 2 * (kernel_size // 2) - kernel_size) // 2 + 1 for n in size]
+    features = here * size[0] * size[1]
+    body.append(nn.Flatten())
+    dense_layer = get_layer(conv if linear is None else linear, "linear") if dense else None
+    for _ in range(dense):
+        assert dense_layer is not None
+        body += [dense_layer(features, width), get_activation(activation)]
+        features = width
+    return sequence(
+        preprocess=centring(image, mean),
+        body=nn.Sequential(*body),
+        head=make_head(head, features, num_classes),
+    )

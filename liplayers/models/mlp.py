@@ -1,0 +1,52 @@
+"""Multilayer perceptrons of 1-Lipschitz layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from liplayers.layers.activations import get_activation
+from liplayers.layers.base import check_positive
+from liplayers.layers.registry import get_layer
+from liplayers.models.parts import LayerChoice, centring, flat_size, make_head, sequence
+
+
+def mlp(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    linear: LayerChoice = "cayley",
+    width: int = 256,
+    depth: int = 3,
+    activation: str | Callable[[], nn.Module] = "maxmin",
+    head: LayerChoice = "normalized",
+    mean: float = 0.5,
+) -> nn.Sequential:
+    """`depth` dense layers of `width` with an activation after each, then a linear head.
+
+    Args:
+        input_shape: (channels, height, width) of one image.
+        linear: a family's name or a layer class with nn.Linear's signature.
+        head: "normalized", "linear", or a family's name.
+        mean: subtracted from each pixel first.
+
+    Raises:
+        UnknownNameError: a layer, activation or head of unknown name.
+
+    >>> sum(p.numel() for p in mlp((1, 8, 8), 10, linear="aol", width=32, depth=2).parameters())
+    3466
+    """
+    check_positive(mlp, width=width, depth=depth, num_classes=num_classes)
+    layer = get_layer(linear, "linear")
+    features = flat_size(input_shape)
+    body: list[nn.Module] = []
+    for _ in range(depth):
+        body += [layer(features, width), get_activation(activation)]
+        features = width
+    return sequence(
+        preprocess=centring(input_shape, mean),
+        flatten=nn.Flatten(),
+        body=nn.Sequential(*body),
+        head=make_head(head, features, num_classes),
+    )

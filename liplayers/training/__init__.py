@@ -1,0 +1,8 @@
+"""Training: the Lightning module, callbacks, schedules."""
+
+from liplayers.training.callbacks import EpsilonRamp as EpsilonRamp
+from liplayers.training.callbacks import Throughput as Throughput
+from liplayers.training.module import CertifiedClassifier as CertifiedClassifier
+from liplayers.training.schedules import constant as constant
+from liplayers.training.schedules import triangular as triangular
+from liplayers.training.schedules import warmup_cosine as warmup_cosine

@@ -1,0 +1,57 @@
+"""Callbacks of certified training."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+
+from liplayers.errors import ArgumentError, ConfigError
+from liplayers.losses import MarginLoss
+
+
+class Throughput(L.Callback):
+    """Logs the training throughput in images per second, on the progress bar and for each epoch."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start, self._images = time.perf_counter(), 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._images += len(batch[0])
+        rate = self._images / (time.perf_counter() - self._start)
+        pl_module.log("images/s", rate, prog_bar=True, on_step=True, on_epoch=False, logger=False)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        rate = self._images / (time.perf_counter() - self._start)
+        pl_module.log("train/images_per_second", rate)
+
+
+class EpsilonRamp(L.Callback):
+    r"""Raises the radius of an EMMA-type loss: ε(t) = ε_max·(start + (1 − start)·min(t/(share·E), 1)), t in epochs.
+
+    With epsilon 108/255, start 1/30 and share 1/2 it is BRONet's 36/255·(0.1 + 2.9·min(2t/E, 1)).
+
+    Args:
+        epsilon: ε_max.
+        start: share of ε_max at the first epoch.
+        share: of the epochs after which ε_max is reached.
+
+    Source: Lai et al. 2025, arXiv 2505.15174.
+    """
+
+    def __init__(self, epsilon: float, start: float = 1 / 30, share: float = 0.5) -> None:
+        if not (epsilon > 0 and 0 < start <= 1 and 0 < share <= 1):
+            raise ArgumentError(
+                f"EpsilonRamp: epsilon={epsilon}, start={start}, share={share}; expected epsilon > 0, shares in (0, 1]"
+            )
+        self.epsilon, self.start, self.share = epsilon, start, share
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loss = pl_module.loss
+        if not isinstance(loss, MarginLoss):
+            raise ConfigError(f"EpsilonRamp needs a loss with an epsilon (emma, logit_annealing); got {loss}")
+        reached = min(1.0, trainer.current_epoch / (self.share * (trainer.max_epochs or 1)))
+        loss.epsilon = self.epsilon * (self.start + (1 - self.start) * reached)

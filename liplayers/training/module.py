@@ -1,0 +1,136 @@
+"""The Lightning module: certified training of a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from liplayers import checkpoint
+from liplayers.bounds import split_head
+from liplayers.certification.radius import certified_radius
+from liplayers.layers.base import cached
+from liplayers.losses import MarginLoss
+
+
+def certified_name(epsilon: float) -> str:
+    """The metric's name for a radius.
+
+    >>> certified_name(36 / 255)
+    'certified_0.1412'
+    """
+    return f"certified_{epsilon:.4g}"
+
+
+class CertifiedClassifier(L.LightningModule):
+    """Trains a classifier and logs, for each epoch, loss, clean accuracy, certified accuracy and mean margin.
+
+    The certified accuracies logged here come from float32 margins: they monitor the training and are no proof.
+
+    Args:
+        model: ends in a linear head (`liplayers.split_head`), or certifies with √2·L.
+        loss: forward(logits, target), or a `MarginLoss`.
+        optimizer: parameters → optimizer.
+        schedule: (optimizer, total_steps) → scheduler that is stepped after every batch.
+        input_shape: of one image.
+        class_names: in the order of the logits.
+        eps: radii to log certified accuracy at.
+        config: what rebuilds the model; plain containers, kept in each checkpoint.
+
+    Raises:
+        UnknownBoundError: a part of the model without a known bound.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        *,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        schedule: Callable[[Optimizer, int], LRScheduler],
+        input_shape: Sequence[int],
+        class_names: Sequence[str],
+        eps: Sequence[float],
+        config: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.optimizer_factory = optimizer
+        self.schedule_factory = schedule
+        self.input_shape = tuple(input_shape)
+        self.class_names = tuple(class_names)
+        self.eps = tuple(eps)
+        self.config = config
+        self._refresh_bound()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def _refresh_bound(self) -> None:
+        """The bound of the body; constant for most models, but a residual's α or a plain layer's weight moves it."""
+        self.split = [split_head(self.model, self.input_shape)]  # in a list: the head is not a second submodule
+
+    def on_train_epoch_start(self) -> None:
+        self._refresh_bound()
+
+    def on_validation_epoch_start(self) -> None:
+        self._refresh_bound()
+
+    def on_test_epoch_start(self) -> None:
+        self._refresh_bound()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._step(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._step(batch, "test")
+
+    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+        images, labels = batch
+        with cached():
+            logits = self.model(images)
+            constants = self.split[0].margin_lipschitz(logits.shape[1]).to(logits.device)
+        if isinstance(self.loss, MarginLoss):
+            loss = self.loss(logits, labels, constants)
+        else:
+            loss = self.loss(logits, labels)
+        self._log_metrics(stage, loss.detach(), logits.detach().float(), labels, constants.detach().float())
+        return loss
+
+    def _log_metrics(self, stage: str, loss: Tensor, logits: Tensor, labels: Tensor, constants: Tensor) -> None:
+        correct = logits.argmax(1) == labels
+        radius = certified_radius(logits, constants)
+        best = logits.topk(2, 1).values
+        metrics = {
+            "loss": loss,
+            "accuracy": correct.float().mean(),
+            "margin": torch.where(correct, best[:, 0] - best[:, 1], best[:, 1] - best[:, 0]).mean(),
+            **{certified_name(e): (correct & (radius >= e)).float().mean() for e in self.eps},
+        }
+        shown = {"accuracy", certified_name(self.eps[0])} if self.eps else {"accuracy"}
+        for name, value in metrics.items():
+            self.log(
+                f"{stage}/{name}",
+                value,
+                on_step=False,
+                on_epoch=True,
+                prog_bar=stage == "val" and name in shown,
+                batch_size=len(labels),
+            )
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.optimizer_factory(self.model.parameters())
+        scheduler = self.schedule_factory(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, content: dict[str, Any]) -> None:
+        content[checkpoint.KEY] = checkpoint.describe(self.config, self.input_shape, self.class_names)

@@ -1,0 +1,850 @@
+"""Data modules: splits, batches that a resumed run repeats, augmentation, and an error for every kind of bad data."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import pickle
+import struct
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import Tensor, nn
+
+import liplayers.data.folder as folder_module
+from liplayers.data import (
+    CIFAR10,
+    CIFAR100,
+    MNIST,
+    BatchSampler,
+    Digits,
+    ImageDataModule,
+    ImageFolderData,
+    Loaded,
+    NpzData,
+    RandomHorizontalFlip,
+    RandomShift,
+    Split,
+    stratified_rows,
+    validate_images,
+)
+from liplayers.errors import (
+    ArgumentError,
+    DataError,
+    DataNotFoundError,
+    OutputError,
+    ShapeError,
+    UnknownNameError,
+)
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "data"
+
+
+def fails(kind: type[Exception], call: Callable[[], object], *parts: object) -> None:
+    """`call` raises `kind`, with one line that has every part, and no chain of other errors."""
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message, f"{part!r} not in {message!r}"
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def batches(data: ImageDataModule, epoch: int) -> list[Tensor]:
+    loader = data.train_dataloader()
+    assert isinstance(loader.sampler, BatchSampler)
+    loader.sampler.set_epoch(epoch)
+    return [images for images, _ in loader]
+
+
+class Ramp(ImageDataModule):
+    """Images whose every pixel is the number of the sample; uint8, so at most 256 samples."""
+
+    name = "ramp"
+
+    def __init__(self, size: int = 100, classes: int = 5, **options) -> None:
+        super().__init__(**options)
+        self.size, self.classes, self.loads = size, classes, 0
+
+    def load(self) -> Loaded:
+        self.loads += 1
+        images = torch.arange(self.size, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4).contiguous()
+        labels = torch.arange(self.size) % self.classes
+        sources = tuple(f"{index}.png" for index in range(self.size))
+        return Loaded(Split(images, labels, sources), Split(images, labels), tuple("abcdefgh"[: self.classes]))
+
+
+# --- splits ---------------------------------------------------------------------------------------------------------
+
+
+def test_digits_splits_are_disjoint_and_stratified_and_complete() -> None:
+    from sklearn.datasets import load_digits
+
+    data = Digits(val_fraction=0.1)
+    splits = [data.split(which) for which in ("train", "val", "test")]
+    assert sum(len(split) for split in splits) == 1797
+    rows = [image.numpy().tobytes() for split in splits for image in split.images]
+    assert sorted(rows) == sorted((image / 16).astype(np.float32).tobytes() for image in load_digits().images)
+    for split, share in zip(splits, (0.72, 0.08, 0.2), strict=True):
+        counts = torch.bincount(split.labels, minlength=10)
+        expected = share * np.bincount(load_digits().target)
+        assert np.abs(counts.numpy() - expected).max() <= 2
+    assert (data.input_shape, data.num_classes, data.class_names) == ((1, 8, 8), 10, tuple("0123456789"))
+    assert splits[0].images.dtype == torch.float32
+
+
+def test_digits_test_split_is_fixed_for_good() -> None:
+    # The literal pins it across NumPy and torch versions: figures on it must compare between years.
+    pinned = "3815afd21636960d11de1e4bea1c728e41d6086aebc09de344f14af96fe6bb7a"
+    assert Digits(seed=0).fingerprint("test") == Digits(seed=7, val_fraction=0.3).fingerprint("test") == pinned
+
+
+def test_validation_rows_depend_on_the_seed_and_are_disjoint_from_training() -> None:
+    one, same, other = Ramp(seed=0), Ramp(seed=0), Ramp(seed=1)
+    assert one.split("val").sources == same.split("val").sources
+    assert one.split("val").sources != other.split("val").sources
+    train, val = set(one.split("train").sources or ()), set(one.split("val").sources or ())
+    assert not train & val
+    assert len(train | val) == 100
+    assert torch.bincount(one.split("val").labels).tolist() == [2] * 5
+    for split in (one.split("train"), one.split("val")):
+        numbers = [int(source.removesuffix(".png")) for source in split.sources or ()]
+        assert split.images[:, 0, 0, 0].tolist() == numbers
+        assert split.labels.tolist() == [number % 5 for number in numbers]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.013, 0.2, 0.37, 0.9, 1.0])
+def test_stratified_rows(fraction: float) -> None:
+    labels = torch.from_numpy(np.random.default_rng(0).choice(7, size=1000, p=np.arange(1, 8) / 28))
+    rest, taken = stratified_rows(labels, fraction, seed=3)
+    assert sorted([*rest.tolist(), *taken.tolist()]) == list(range(1000))
+    assert len(taken) == round(1000 * fraction)
+    share = torch.bincount(labels[taken], minlength=7) - fraction * torch.bincount(labels)
+    assert share.abs().max() <= 1
+
+
+def test_no_validation() -> None:
+    data = Ramp(val_fraction=0)
+    assert len(data.split("train")) == 100
+    assert data.val_dataloader() == []
+    fails(ArgumentError, lambda: data.split("val"), "ramp", "val_fraction")
+
+
+def test_setup_loads_once() -> None:
+    data = Ramp()
+    data.setup("fit")
+    data.setup("test")
+    data.split("val")
+    assert data.loads == 1
+
+
+def test_fingerprint_sees_pixels_labels_order_and_type() -> None:
+    images = torch.arange(8, dtype=torch.uint8).reshape(2, 1, 2, 2)
+    labels = torch.tensor([0, 1])
+    changed = images.clone()
+    changed[1, 0, 1, 1] = 9
+    variants = [
+        Split(images, labels),
+        Split(changed, labels),
+        Split(images, torch.tensor([1, 0])),
+        Split(images.flip(0), labels),
+        Split(images.reshape(2, 1, 1, 4), labels),
+        Split(images.view(torch.int8), labels),
+        Split(images, labels).subset(torch.tensor([0])),
+    ]
+    assert len({split.fingerprint() for split in variants}) == len(variants)
+    assert Split(images.flip(0), labels).subset(torch.tensor([1, 0])).fingerprint() == (
+        Split(images, labels.flip(0)).fingerprint()
+    )
+
+
+def test_uint8_stays_uint8_in_memory_and_is_shared_between_splits() -> None:
+    data = Ramp(batch_size=10)
+    train, val = data.split("train"), data.split("val")
+    assert train.store.dtype == torch.uint8
+    assert train.store.data_ptr() == val.store.data_ptr()
+    before = train.store.clone()
+    images, labels = next(iter(data.train_dataloader()))
+    assert (images.dtype, labels.dtype, images.shape) == (torch.float32, torch.int64, (10, 1, 4, 4))
+    assert torch.equal((images[:, 0, 0, 0] * 255).round().long() % 5, labels)
+    images.zero_()
+    assert torch.equal(train.store, before)
+
+
+def test_split_indexing() -> None:
+    split = Ramp().split("val")
+    image, label = split[3]
+    assert image.shape == (1, 4, 4)
+    assert torch.equal(split[torch.tensor([3])][0][0], image)
+    assert torch.equal(split[[0, 3]][1], torch.stack([split[0][1], label]))
+    assert torch.equal(split[2:5][0][1], image)
+
+
+def test_float_batches_do_not_alias_the_store() -> None:
+    data = Digits()
+    before = data.fingerprint("test")
+    for images, _ in data.test_dataloader():
+        images.mul_(2)
+    assert data.fingerprint("test") == before
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+def test_each_epoch_is_a_new_order_of_all_samples_and_repeats() -> None:
+    data = Ramp(batch_size=9, val_fraction=0.1)
+    first, second = torch.cat(batches(data, 0)), torch.cat(batches(data, 1))
+    assert not torch.equal(first, second)
+    assert torch.equal(first.flatten().sort()[0], second.flatten().sort()[0])
+    assert torch.equal(first, torch.cat(batches(Ramp(batch_size=9), 0)))
+    assert not torch.equal(first, torch.cat(batches(Ramp(batch_size=9, seed=1), 0)))
+
+
+@pytest.mark.parametrize(("size", "batch", "expected"), [(10, 5, [5, 5]), (11, 5, [5, 5]), (4, 5, [4]), (5, 5, [5])])
+def test_incomplete_batch_is_dropped_unless_alone(size: int, batch: int, expected: list[int]) -> None:
+    data = Ramp(size, classes=1, batch_size=batch, val_fraction=0)
+    assert [len(images) for images in batches(data, 0)] == expected
+    assert len(data.train_dataloader()) == len(expected)
+
+
+def test_eval_loader_gives_all_samples_in_order() -> None:
+    data = Ramp(eval_batch_size=7)
+    for which, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        assert torch.equal(images, data.split(which).images.float() / 255)
+        assert torch.equal(labels, data.split(which).labels)
+    assert sum(len(labels) for _, labels in data.eval_loader("train")) == 90
+
+
+def test_processes_share_the_batches() -> None:
+    whole = [batch.tolist() for batch in BatchSampler(20, 3, shuffle=True, drop_last=True)]
+    ranks = [
+        [batch.tolist() for batch in BatchSampler(20, 3, shuffle=True, drop_last=True, num_replicas=2, rank=rank)]
+        for rank in (0, 1)
+    ]
+    assert ranks == [whole[0::2], whole[1::2]]
+    fails(
+        ArgumentError,
+        lambda: BatchSampler(5, 5, shuffle=True, drop_last=True, num_replicas=2, rank=0),
+        "batch_size=5",
+        "2 processes",
+    )
+
+
+class Recorder(lightning.LightningModule):
+    """Learns nothing worth knowing; keeps every training batch as it arrives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.seen: list[Tensor] = []
+        self.validated: list[Tensor] = []
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        self.seen.append(batch[0].clone())
+        return (self.weight * batch[0].mean()).sum()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        self.validated.append(batch[0].clone())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(data: ImageDataModule, epochs: int, tmp_path: Path, checkpoint: Path | None = None, **options) -> Recorder:
+    model = Recorder()
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        **options,
+    )
+    trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+    trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+    return model
+
+
+def augmented_ramp() -> Ramp:
+    # Dropout knows no generator argument and draws from torch's global state.
+    return Ramp(batch_size=30, augment=[RandomShift(2), RandomHorizontalFlip(), nn.Dropout(0.3)], seed=5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_resumed_run_sees_the_batches_of_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole = fit(augmented_ramp(), 3, tmp_path).seen
+    assert len(whole) == 9
+    assert len({batch.numpy().tobytes() for batch in whole}) == 9
+    part = fit(augmented_ramp(), 2, tmp_path).seen
+    torch.manual_seed(99)
+    rest = fit(augmented_ramp(), 3, tmp_path, checkpoint=tmp_path / "2.ckpt").seen
+    assert torch.equal(torch.stack(whole), torch.stack([*part, *rest]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_augmentation_is_for_training_only_and_differs_under_accumulation(tmp_path: Path) -> None:
+    data = augmented_ramp()
+    model = fit(data, 1, tmp_path, accumulate_grad_batches=3)
+    assert all(torch.equal(batch, data.split("val").images.float() / 255) for batch in model.validated)
+    plain = batches(data, 0)
+    for number, (seen, images) in enumerate(zip(model.seen, plain, strict=True)):
+        assert torch.equal(seen, data.augmented(images, number))
+        assert not torch.equal(seen, images)
+    patterns = {(seen > 0).numpy().tobytes() for seen in model.seen}
+    assert len(patterns) == 3
+
+
+def test_augmentation_leaves_the_global_random_state_alone() -> None:
+    data = augmented_ramp()
+    images = torch.rand(4, 1, 4, 4)
+    before = torch.get_rng_state()
+    data.augmented(images, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- augmentation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", [0, 1, 3, 6])
+def test_random_shift_against_a_loop(padding: int) -> None:
+    images = torch.rand(50, 2, 5, 4)
+    result = RandomShift(padding)(images, torch.Generator().manual_seed(1))
+    down, right = torch.randint(2 * padding + 1, (2, 50), generator=torch.Generator().manual_seed(1)) - padding
+    for image, got, dy, dx in zip(images, result, down.tolist(), right.tolist(), strict=True):
+        for row in range(5):
+            for column in range(4):
+                inside = 0 <= row + dy < 5 and 0 <= column + dx < 4
+                expected = image[:, row + dy, column + dx] if inside else torch.zeros(2)
+                assert torch.equal(got[:, row, column], expected)
+
+
+def test_random_shift_reaches_every_shift_evenly() -> None:
+    image = torch.zeros(1, 1, 5, 5)
+    image[..., 2, 2] = 1
+    shifted = RandomShift(1)(image.expand(9000, -1, -1, -1), torch.Generator().manual_seed(0))
+    counts = shifted.sum((0, 1))[1:4, 1:4]
+    assert counts.sum() == 9000
+    assert (counts - 1000).abs().max() < 150
+
+
+def test_random_flip_against_a_loop() -> None:
+    images = torch.rand(60, 3, 4, 5)
+    result = RandomHorizontalFlip(0.3)(images, torch.Generator().manual_seed(2))
+    flips = torch.rand(60, generator=torch.Generator().manual_seed(2)) < 0.3
+    assert 0 < flips.sum() < 60
+    for image, got, flip in zip(images, result, flips.tolist(), strict=True):
+        assert torch.equal(got, image.flip(-1) if flip else image)
+    assert torch.equal(RandomHorizontalFlip(0.0)(images), images)
+    assert torch.equal(RandomHorizontalFlip(1.0)(images), images.flip(-1))
+
+
+def test_augmentation_arguments() -> None:
+    paddings: list[Any] = [-1, 1.5, True, "2"]
+    for padding in paddings:
+        fails(ArgumentError, partial(RandomShift, padding), "padding", repr(padding))
+    probabilities: list[Any] = [-0.1, 1.1, float("nan"), None]
+    for p in probabilities:
+        fails(ArgumentError, partial(RandomHorizontalFlip, p), "p must", repr(p))
+    for module in (RandomShift(1), RandomHorizontalFlip()):
+        fails(ShapeError, partial(module, torch.zeros(3, 4, 4)), type(module).__name__, "(3, 4, 4)")
+
+
+# --- arguments and checks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("batch_size", 2.0),
+        ("eval_batch_size", -1),
+        ("val_fraction", 1.0),
+        ("val_fraction", -0.1),
+        ("val_fraction", float("nan")),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("seed", "0"),
+        ("augment", RandomShift(1)),
+        ("augment", [print]),
+    ],
+)
+def test_bad_arguments(name: str, value: Any) -> None:
+    fails(ArgumentError, lambda: Digits(**{name: value}), name)
+
+
+def test_unknown_split() -> None:
+    fails(UnknownNameError, lambda: Ramp().split("vall"), "split", "'vall'", "did you mean val")
+
+
+@pytest.mark.parametrize("fraction", [0.004, 0.996])
+def test_validation_share_that_leaves_nothing(fraction: float) -> None:
+    fails(ArgumentError, lambda: Ramp(val_fraction=fraction).setup(), f"val_fraction={fraction}", "ramp", "100")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1.5, -0.001, 255.0])
+def test_bad_pixel_is_named(value: float) -> None:
+    images = torch.rand(5000, 2, 3, 4)
+    images[4500, 1, 2, 3] = value
+    labels = torch.zeros(5000, dtype=torch.long)
+    mend = "divide by 255" if np.isfinite(value) else "not finite"
+    place = ("sample 4500", "channel 1, row 2, column 3", f"{value:g}", mend)
+    fails(DataError, lambda: validate_images(images, labels, 1, "here"), "here", *place)
+    names = [f"{index}.png" for index in range(5000)]
+    fails(DataError, lambda: validate_images(images, labels, 1, "here", names), "4500.png", *place)
+
+
+def test_bad_images_and_labels() -> None:
+    images, labels = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2])
+    validate_images(images, labels, 3, "ok")
+    validate_images(torch.full((3, 1, 2, 2), 255, dtype=torch.uint8), labels, 3, "ok")
+    validate_images(torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 2), labels[:1], 1, "the ends are inside")
+    for bad_images, bad_labels, classes, parts in (
+        (images[0], labels, 3, ("4 dimensions", "(1, 2, 2)")),
+        (images[:0], labels[:0], 3, ("empty",)),
+        (images[..., :0], labels, 3, ("without pixels",)),
+        (images.long(), labels, 3, ("torch.int64", "uint8")),
+        (images, labels[:2], 3, ("3 images", "2 labels")),
+        (images, labels, 2, ("sample 2", "label 2", "0 … 1")),
+        (images, labels - 1, 3, ("sample 0", "label -1")),
+        (images, labels.float(), 3, ("labels must be integers", "torch.float32")),
+        (images, labels[:, None], 3, ("labels must be integers", "(3, 1)")),
+    ):
+        fails(DataError, partial(validate_images, bad_images, bad_labels, classes, "X"), "X: ", *parts)
+
+
+# --- MNIST and CIFAR ------------------------------------------------------------------------------------------------
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture
+def mnist_root(tmp_path: Path) -> Path:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for prefix, size in (("train", 40), ("t10k", 20)):
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", draw.integers(0, 256, (size, 28, 28)))
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", np.arange(size) % 10)
+    return tmp_path
+
+
+def test_mnist(mnist_root: Path) -> None:
+    data = MNIST(mnist_root, val_fraction=0.25)
+    data.setup()
+    assert (data.name, data.input_shape, data.num_classes) == ("mnist", (1, 28, 28), 10)
+    assert [len(data.split(which)) for which in ("train", "val", "test")] == [30, 10, 20]
+    stored = (mnist_root / "MNIST/raw/t10k-images-idx3-ubyte").read_bytes()[16:]
+    assert data.split("test").images.numpy().tobytes() == stored
+    assert data.split("test").images.dtype == torch.uint8
+    assert data.split("test").labels.tolist() == [*range(10)] * 2
+    assert data.split("test").sources is None
+
+
+def test_mnist_absent(tmp_path: Path) -> None:
+    for root in (tmp_path, tmp_path / "nowhere"):
+        parts = ("mnist", root / "MNIST" / "raw", "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "download=true")
+        fails(DataNotFoundError, MNIST(root).setup, *parts)
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("file", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+@pytest.mark.parametrize("harm", ["empty", "cut", "cut in header", "other"])
+def test_mnist_damaged(mnist_root: Path, file: str, harm: str) -> None:
+    path = mnist_root / "MNIST/raw" / file
+    whole = path.read_bytes()
+    harmed = {"empty": b"", "cut": whole[:-5], "cut in header": whole[:6], "other": gzip.compress(whole)}
+    path.write_bytes(harmed[harm])
+    fails(DataError, MNIST(mnist_root).setup, "mnist", mnist_root / "MNIST/raw", "replace")
+
+
+class Bomb:
+    """Leaves a mark when un-pickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.mark,))
+
+
+@pytest.mark.parametrize(("kind", "folder"), [(CIFAR10, "cifar-10-batches-py"), (CIFAR100, "cifar-100-python")])
+def test_cifar_is_absent_or_forged(kind: type[CIFAR10], folder: str, tmp_path: Path) -> None:
+    data = kind(tmp_path)
+    fails(DataNotFoundError, data.setup, data.name, tmp_path / folder, "download=true", *data._files())
+    (tmp_path / folder).mkdir()
+    mark = tmp_path / "mark"
+    for file in data._files():
+        (tmp_path / folder / file).write_bytes(pickle.dumps(Bomb(mark)))
+    fails(DataError, data.setup, data.name, tmp_path / folder, data._files()[0], "md5")
+    assert not mark.exists()
+    pickle.loads((tmp_path / folder / data._files()[0]).read_bytes())
+    assert mark.exists(), "the bomb of this test does not work"
+
+
+@pytest.mark.parametrize(("kind", "key"), [(CIFAR10, "labels"), (CIFAR100, "fine_labels")])
+def test_cifar_reads_its_files(kind: Any, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+
+    source = kind._source
+    folder = tmp_path / source.base_folder
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    classes = 10 if kind is CIFAR10 else 100
+    pixels: dict[str, np.ndarray] = {}
+
+    def write(file: str, content: dict) -> str:
+        (folder / file).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / file).read_bytes()).hexdigest()
+
+    lists = {}
+    for which in ("train_list", "test_list"):
+        files = []
+        for file, _ in getattr(source, which):
+            pixels[file] = draw.integers(0, 256, (20, 3072), dtype=np.uint8)
+            files.append(
+                [file, write(file, {"data": pixels[file], key: [*range(20)] if classes > 10 else [*range(10)] * 2})]
+            )
+        lists[which] = files
+    names = [f"class {label}" for label in range(classes)]
+    meta = {**source.meta, "md5": write(source.meta["filename"], {source.meta["key"]: names})}
+    for attribute, value in (*lists.items(), ("meta", meta)):
+        monkeypatch.setattr(source, attribute, value)
+
+    data = kind(tmp_path, val_fraction=0)
+    data.setup()
+    assert (data.input_shape, data.num_classes, list(data.class_names)) == ((3, 32, 32), classes, names)
+    for which, files in (("train", lists["train_list"]), ("test", lists["test_list"])):
+        expected = np.concatenate([pixels[file] for file, _ in files]).reshape(-1, 3, 32, 32)
+        assert np.array_equal(data.split(which).images.numpy(), expected)
+        assert data.split(which).images.dtype == torch.uint8
+
+
+# --- image folder ---------------------------------------------------------------------------------------------------
+
+
+def pattern(seed: int, channels: int = 3, height: int = 6, width: int = 8) -> np.ndarray:
+    shape = (height, width) if channels == 1 else (height, width, channels)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def fill(root: Path, channels: int = 3, ending: str = "png", count: int = 4) -> Path:
+    for split in ("train", "test"):
+        for label, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                image = Image.fromarray(pattern(100 * label + index + 1000 * (split == "test"), channels))
+                image.save(root / split / name / f"{index}.{ending}")
+    return root
+
+
+def folder_data(root: Path, **options) -> ImageFolderData:
+    return ImageFolderData(root, **{"val_fraction": 0.25, "batch_size": 2, **options})
+
+
+def test_folder(tmp_path: Path) -> None:
+    data = folder_data(fill(tmp_path / "pets"))
+    data.setup()
+    assert (data.name, data.input_shape, data.class_names) == ("pets", (3, 6, 8), ("cat", "dog"))
+    split = data.split("test")
+    assert split.images.dtype == torch.uint8
+    assert split.labels.tolist() == [0] * 4 + [1] * 4
+    assert split.sources is not None
+    assert split.sources[5] == str(Path("test/dog/1.png"))
+    assert np.array_equal(split.images[5].numpy(), pattern(1101).transpose(2, 0, 1))
+    for image, source in zip(data.split("val").images, data.split("val").sources or (), strict=True):
+        assert np.array_equal(image.numpy(), np.asarray(Image.open(data.root / source)).transpose(2, 0, 1))
+
+
+def test_folder_agrees_with_torchvision(tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    fill(tmp_path, ending="jpg")
+    (tmp_path / "train/cat/deeper").mkdir()
+    Image.fromarray(pattern(5)).save(tmp_path / "train/cat/deeper/x.JPEG")
+    (tmp_path / "train/cat/notes.txt").write_text("no image")
+    (tmp_path / "train/.hidden").mkdir()
+    split = folder_data(tmp_path, val_fraction=0).split("train")
+    theirs = {str(Path(path).relative_to(tmp_path)): label for path, label in ImageFolder(tmp_path / "test").samples}
+    ours = folder_data(tmp_path).split("test")
+    assert dict(zip(ours.sources or (), ours.labels.tolist(), strict=True)) == theirs
+    assert str(Path("train/cat/deeper/x.JPEG")) in (split.sources or ())
+    assert len(split) == 9
+
+
+def test_grey_stays_grey_unless_one_is_not(tmp_path: Path) -> None:
+    root = fill(tmp_path, channels=1)
+    data = folder_data(root)
+    data.setup()
+    assert data.input_shape == (1, 6, 8)
+    assert np.array_equal(data.split("test").images[5, 0].numpy(), pattern(1101, 1))
+    Image.fromarray(pattern(7)).save(root / "train/dog/colour.png")
+    mixed = folder_data(root)
+    mixed.setup()
+    assert mixed.input_shape == (3, 6, 8)
+    assert np.array_equal(mixed.split("test").images[5].numpy(), np.stack([pattern(1101, 1)] * 3))
+
+
+def test_folder_resize(tmp_path: Path) -> None:
+    root = fill(tmp_path)
+    Image.fromarray(pattern(7, height=12, width=16)).save(root / "train/dog/large.png")
+    data = folder_data(root, image_size=OmegaConf.create([3, 4]))
+    data.setup()
+    assert data.input_shape == (3, 3, 4)
+    reference = nn.functional.interpolate(
+        torch.from_numpy(pattern(1101)).permute(2, 0, 1)[None].float(), (3, 4), mode="bilinear", antialias=True
+    )
+    assert (data.split("test").images[5] - reference[0]).abs().max() <= 1
+    square = folder_data(root, image_size=5)
+    square.setup()
+    assert square.input_shape == (3, 5, 5)
+    sizes: list[Any] = [0, [3], [3, 4, 5], 2.5, True, "ab", [3.0, 4.0]]
+    for size in sizes:
+        fails(ArgumentError, partial(ImageFolderData, root, image_size=size), "image_size", repr(size))
+
+
+def test_large_images_are_decoded_in_order_by_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_module, "_THREADED_PIXELS", 1)
+    monkeypatch.setattr(folder_module, "_CHUNK", 3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    split = folder_data(fill(tmp_path, count=10)).split("test")
+    for image, source in zip(split.images, split.sources or (), strict=True):
+        assert np.array_equal(image.numpy(), np.asarray(Image.open(tmp_path / source)).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_folder_errors(tmp_path: Path, cached: bool) -> None:
+    root = tmp_path / "pets"
+    options = {"cache": tmp_path / "cache"} if cached else {}
+
+    def broken(kind: type[Exception], *parts: object) -> None:
+        fails(kind, folder_data(root, **options).setup, "image folder", *parts)
+        assert not list((tmp_path / "cache").glob("*.part"))
+
+    broken(DataNotFoundError, root, "data.root")
+    root.mkdir()
+    broken(DataNotFoundError, root / "train")
+    (root / "train").mkdir()
+    broken(DataNotFoundError, root / "test")
+    (root / "test").mkdir()
+    broken(DataError, "no class folders", root / "train")
+    (root / "train").rmdir()
+    (root / "test").rmdir()
+    fill(root)
+
+    (root / "test/cow").mkdir()
+    broken(DataError, "differ", "only in test: cow", root)
+    (root / "test/cow").rmdir()
+
+    (root / "train/dog").rename(root / "dog")
+    (root / "train/dog").mkdir()
+    broken(DataError, "no images", root / "train/dog")
+    (root / "train/dog").rmdir()
+    (root / "dog").rename(root / "train/dog")
+
+    bad = root / "test/dog/2.jpg"
+    Image.fromarray(pattern(1)).save(bad)
+    jpeg = bad.read_bytes()
+    for harmed in (b"", b"not a picture", jpeg[: len(jpeg) // 2], jpeg[:-20]):
+        bad.write_bytes(harmed)
+        broken(DataError, "cannot read image", bad)
+    bad.unlink()
+
+    bad = root / "test/dog/2.png"
+    Image.fromarray(pattern(1, height=7)).save(bad)
+    broken(DataError, bad, "7×8", "6×8", root / "train/cat/0.png", "data.image_size=[6,8]")
+    Image.fromarray(pattern(1, 1).astype(np.uint16) * 257).save(bad)
+    broken(DataError, bad, "8 bits", "I;16")
+    bad.unlink()
+    bad.symlink_to(tmp_path / "gone")
+    broken(DataError, "cannot read image", bad)
+    bad.unlink()
+    folder_data(root, **options).setup()
+
+
+def test_folder_cache_is_used_again_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, cache = fill(tmp_path / "pets"), tmp_path / "deep" / "cache"
+    plain, first = folder_data(root), folder_data(root, cache=cache)
+    prints = [plain.fingerprint(which) for which in ("train", "val", "test")]
+    assert [first.fingerprint(which) for which in ("train", "val", "test")] == prints
+    files = sorted(path.name for path in cache.iterdir())
+    assert len(files) == 2
+    assert all(np.load(path, allow_pickle=False).dtype == np.uint8 for path in cache.iterdir())
+
+    def no_decoding(*_: object) -> None:
+        raise AssertionError("decoded in spite of the cache")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "_opened", no_decoding)
+        again = folder_data(root, cache=cache)
+        assert [again.fingerprint(which) for which in ("train", "val", "test")] == prints
+        with pytest.raises(AssertionError):
+            folder_data(root, cache=cache, image_size=4).setup()
+    assert sorted(path.name for path in cache.iterdir()) == files
+
+    again.split("test").images.zero_()
+    assert folder_data(root, cache=cache).fingerprint("test") == prints[2], "a user wrote through into the cache"
+
+
+def test_folder_cache_is_left_when_a_file_changes(tmp_path: Path) -> None:
+    root, cache = fill(tmp_path / "pets", ending="bmp"), tmp_path / "cache"
+    folder_data(root, cache=cache).setup()
+    path = root / "test/dog/1.bmp"
+    size, before = path.stat().st_size, path.stat().st_mtime_ns
+    Image.fromarray(pattern(77)).save(path)
+    os.utime(path, ns=(before + 1000, before + 1000))
+    assert path.stat().st_size == size
+    changed = folder_data(root, cache=cache).split("test")
+    assert np.array_equal(changed.images[5].numpy(), pattern(77).transpose(2, 0, 1))
+    path.unlink()
+    assert len(folder_data(root, cache=cache).split("test")) == 7
+
+
+@pytest.mark.parametrize("harm", ["empty", "cut", "pickle"])
+def test_damaged_cache_is_made_anew(tmp_path: Path, harm: str) -> None:
+    root, cache = fill(tmp_path / "pets"), tmp_path / "cache"
+    good = folder_data(root, cache=cache).fingerprint("test")
+    mark = tmp_path / "mark"
+    for path in cache.iterdir():
+        if harm == "pickle":
+            np.save(path, np.array([Bomb(mark)], dtype=object), allow_pickle=True)
+        else:
+            path.write_bytes(b"" if harm == "empty" else path.read_bytes()[:-1])
+    assert folder_data(root, cache=cache).fingerprint("test") == good
+    assert not mark.exists()
+
+
+def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    data = folder_data(fill(tmp_path / "pets"), cache=tmp_path / "file" / "cache")
+    fails(OutputError, data.setup, tmp_path / "file" / "cache", "data.cache")
+
+
+# --- npz ------------------------------------------------------------------------------------------------------------
+
+
+def npz(path: Path, images: Any = None, labels: Any = None, **others: Any) -> Path:
+    arrays: dict[str, Any] = {"images": images, "labels": labels, **others}
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+    return path
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    return npz(tmp_path / "good.npz", np.zeros((20, 1, 2, 3), np.uint8), np.arange(20) % 4)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", "float64", ">f4"])
+@pytest.mark.parametrize("labels", ["int64", "uint8", ">i4"])
+def test_npz(tmp_path: Path, dtype: str, labels: str) -> None:
+    draw = np.random.default_rng(0)
+    pixels = draw.integers(0, 256, (20, 2, 3, 4)) if dtype == "uint8" else draw.random((20, 2, 3, 4))
+    pixels = np.asfortranarray(pixels.astype(dtype))
+    path = npz(tmp_path / "mine.npz", pixels, (np.arange(20) % 4).astype(labels))
+    data = NpzData(path, path)
+    data.setup()
+    assert (data.name, data.input_shape, data.num_classes) == ("mine", (2, 3, 4), 4)
+    split = data.split("test")
+    assert split.images.dtype == (torch.uint8 if dtype == "uint8" else torch.float32)
+    assert np.array_equal(split.images.numpy(), pixels.astype(split.images.numpy().dtype))
+    assert split.labels.tolist() == [0, 1, 2, 3] * 5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.5, -0.5])
+def test_npz_bad_pixel(tmp_path: Path, good: Path, value: float) -> None:
+    images = np.zeros((20, 1, 2, 3))
+    images[7, 0, 1, 2] = value
+    bad = npz(tmp_path / "bad.npz", images, np.arange(20) % 4)
+    fails(DataError, NpzData(good, bad).setup, "test", "sample 7", "row 1, column 2", f"{value:g}")
+    fails(DataError, NpzData(bad, good).setup, "train", "sample 7", f"{value:g}")
+
+
+def test_npz_bad_files(tmp_path: Path, good: Path) -> None:
+    fails(DataNotFoundError, NpzData(tmp_path / "no.npz", good).setup, tmp_path / "no.npz")
+    fails(DataNotFoundError, NpzData(good, tmp_path).setup, tmp_path)
+    bad = tmp_path / "bad.npz"
+    whole = good.read_bytes()
+    for content in (b"", b"hello", whole[: len(whole) // 2], whole[:-3], whole[:60] + b"xxxx" + whole[64:]):
+        bad.write_bytes(content)
+        fails(DataError, NpzData(good, bad).setup, bad, "truncated or not an .npz")
+    mark = tmp_path / "mark"
+    bad.write_bytes(pickle.dumps(Bomb(mark)))
+    fails(DataError, NpzData(good, bad).setup, bad, "not an .npz")
+    assert not mark.exists()
+    with bad.open("wb") as file:
+        np.save(file, np.zeros(3))
+    fails(DataError, NpzData(good, bad).setup, bad, "single array")
+
+
+def test_npz_bad_arrays(tmp_path: Path, good: Path) -> None:
+    images, labels = np.zeros((4, 1, 2, 3), np.uint8), np.arange(4)
+    mark = tmp_path / "mark"
+    bomb = np.array([Bomb(mark)] * 4, dtype=object)
+    cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        ({"x": images, "y": labels}, ("no array images and no labels", "x, y")),
+        ({"images": images}, ("no array labels", "found images")),
+        ({}, ("found no arrays",)),
+        ({"images": bomb, "labels": labels}, ("pickled objects",)),
+        ({"images": images, "labels": bomb}, ("pickled objects",)),
+        ({"images": images.astype(int), "labels": labels}, ("int64", "uint8")),
+        ({"images": images, "labels": labels.astype(float)}, ("labels", "float64", "integers")),
+        ({"images": images[:0], "labels": labels[:0]}, ("empty",)),
+        ({"images": images[0], "labels": labels}, ("4 dimensions", "(1, 2, 3)")),
+        ({"images": images, "labels": labels[:3]}, ("4 images", "3 labels")),
+        ({"images": images, "labels": labels - 1}, ("label -1",)),
+        ({"images": images, "labels": labels * 10**9}, ("label 3000000000",)),
+    ]
+    for number, (arrays, parts) in enumerate(cases):
+        bad = npz(tmp_path / f"{number}.npz", **arrays)
+        fails(DataError, NpzData(bad, good).setup, number, *parts)
+    assert not mark.exists()
+    other = npz(tmp_path / "other.npz", np.zeros((4, 1, 3, 3), np.uint8), labels)
+    fails(DataError, NpzData(good, other).setup, "(1, 2, 3)", "(1, 3, 3)")
+    more = npz(tmp_path / "more.npz", images, labels + 1)
+    fails(DataError, NpzData(good, more).setup, "test", "sample 3", "label 4", "0 … 3")
+
+
+# --- configurations -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_config_shows_every_argument_with_its_default(path: Path) -> None:
+    import inspect
+
+    from hydra.utils import get_class
+
+    config: Any = OmegaConf.load(path)
+    parameters = inspect.signature(get_class(config._target_)).parameters
+    assert list(config)[1:] == list(parameters)
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty:
+            assert OmegaConf.is_missing(config, name)
+        elif name not in ("augment", "seed"):
+            assert config[name] == parameter.default
+    for name in [name for name in parameters if OmegaConf.is_missing(config, name)]:
+        config[name] = "somewhere"
+    data = instantiate(OmegaConf.create({"seed": 3, "data": config}).data)
+    assert isinstance(data, ImageDataModule)
+    assert data.seed == 3
+    assert len(data.augment) == (2 if path.stem.startswith("cifar") else 0)
+
+
+def test_every_config_is_there() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"digits", "mnist", "cifar10", "cifar100", "folder", "npz"}
