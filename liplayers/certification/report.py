@@ -32,9 +32,11 @@ ASSUMPTIONS = (
 
 def results_table(results: Mapping[str, Certificates], eps: Radii, title: str) -> Table:
     """One row for each named result: clean accuracy, certified accuracy at each radius, mean radius."""
-    table = Table(title=title, caption="certified accuracy at l2 radii of pixels in [0, 1]; wrong points count radius 0")
-    table.add_column("model")
-    for heading in ["samples", "clean %", *(f"ε = {e} %" for e in eps), "mean radius"]:
+    table = Table(
+        title=title, caption="accuracy in %, certified at the l2 radius ε for pixels in [0, 1]; wrong points have radius 0"
+    )
+    table.add_column("model", overflow="fold")
+    for heading in ["samples", "clean", *(f"ε={e}" for e in eps), "mean radius"]:
         table.add_column(heading, justify="right")
     for name, certificates in results.items():
         values = [certificates.clean_accuracy, *(certificates.accuracy(parse_radius(e)) for e in eps)]
@@ -76,7 +78,7 @@ def curve(results: Mapping[str, Certificates], title: str) -> Figure:
         finite = radii[radii.isfinite()].sort().values.numpy()
         x = np.concatenate([[0.0], finite])
         y = 100 * (len(radii) - np.arange(len(x))) / len(certificates.label)
-        axes.step(x, y, where="pre", label=f"{name} (clean {100 * certificates.clean_accuracy:.1f} %)")
+        axes.step(x, y, where="post", label=f"{name} (clean {100 * certificates.clean_accuracy:.1f} %)")
         largest = max(largest, float(x[-1]))
     axes.set(
         xlabel=r"$\ell_2$ radius $\varepsilon$, pixels in [0, 1]",

@@ -1,6 +1,8 @@
 """Training: the Lightning module, callbacks, schedules."""
 
 from liplayers.training.callbacks import EpsilonRamp as EpsilonRamp
+from liplayers.training.callbacks import ProgressBar as ProgressBar
+from liplayers.training.callbacks import SaveWhenInterrupted as SaveWhenInterrupted
 from liplayers.training.callbacks import Throughput as Throughput
 from liplayers.training.module import CertifiedClassifier as CertifiedClassifier
 from liplayers.training.schedules import constant as constant

@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
 
 from liplayers.errors import ArgumentError, ConfigError
 from liplayers.losses import MarginLoss
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar with images per second and the validation metrics under short names, fit for 80 columns.
+
+    Args:
+        metrics: name of a logged metric → the name it is shown under.
+    """
+
+    def __init__(self, metrics: dict[str, str]) -> None:
+        super().__init__()
+        self._short = metrics
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        logged = trainer.progress_bar_metrics
+        return {short: f"{logged[name]:.4g}" for name, short in self._short.items() if name in logged}
+
+
+class SaveWhenInterrupted(L.Callback):
+    """Writes a checkpoint that resumes when training ends by Ctrl-C, SIGTERM or an exception."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        trainer.save_checkpoint(self.path)
 
 
 class Throughput(L.Callback):
