@@ -67,12 +67,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
     select = parse_radius(cfg.select_eps)
     eps = [select, *(e for e in eps if e != select)]
     if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
+        torch.set_num_threads(_integer("threads", cfg.threads))
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for noise in (".*LeafSpec.*", ".*exists and is not empty.*"):  # not the user's to mend, and said by us already
         warnings.filterwarnings("ignore", message=noise)
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    L.seed_everything(_integer("seed", cfg.seed), workers=True, verbose=False)
 
     data = _build(cfg.data)
     data.setup()
@@ -86,6 +86,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         eps=eps,
         config=_plain(cfg),
     )
+    _integer("trainer.max_epochs", cfg.trainer.max_epochs)
+    _try_optimizer(module)
     stage = "val" if data.val_fraction else "train"  # without a validation split the training samples select
     monitor = f"{stage}/{certified_name(select)}"
     checkpoints = output / "checkpoints"
@@ -151,6 +153,20 @@ def _build(node: DictConfig, **arguments: Any) -> Any:
         raise ConfigError(f"{node.get('_target_')}: {_one_line(error.__cause__ or error)}") from None
 
 
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name}={value!r}: expected an integer")
+    return value
+
+
+def _try_optimizer(module: CertifiedClassifier) -> None:
+    """Build the optimizer once for nothing, so that a bad setting is told before the data is looked at for long."""
+    try:
+        module.optimizer_factory(module.model.parameters())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer: {_one_line(error)}") from None
+
+
 def _plain(node: DictConfig) -> Any:
     return OmegaConf.to_container(node, resolve=True)
 
@@ -211,7 +227,8 @@ def certify(cfg: DictConfig) -> dict[str, Any]:
             },
         )
     data_names = sorted({report["data"]["name"] for report in reports_by_name.values()})
-    title = f"{', '.join(data_names)} ({cfg.data.split})"
+    samples = sorted({len(certificates.label) for certificates in results.values()})
+    title = f"{', '.join(data_names)} ({cfg.data.split}, {', '.join(map(str, samples))} samples)"
     if not single:
         summaries = {name: report["results"] for name, report in reports_by_name.items()}
         figure = reports.curve(results, title)
@@ -373,6 +390,7 @@ def _run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         except (LipschitzError, OmegaConfBaseException) as error:
             if traceback:
                 raise
+            _remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
             _fail(error)
 
     guarded.__name__ = config_name
@@ -390,13 +408,20 @@ def _fail(error: BaseException) -> None:
     sys.exit(2)
 
 
+def _remove_if_empty(folder: Path) -> None:
+    """Take back the output folder that hydra has made for a run that never began, and its parent."""
+    for candidate in (folder, folder.parent):
+        if candidate != Path.cwd() and candidate.is_dir() and not any(candidate.iterdir()):
+            candidate.rmdir()
+
+
 def _config_error(error: Exception, config_name: str) -> Exception:
     """What hydra says about a bad command line, in one line with the nearest known names."""
+    if isinstance(error, MissingConfigException):  # an OSError, too
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        return UnknownNameError.of(f"{group} config", name, error.options or [])
     if isinstance(error, OSError):
         return OutputError(f"{error.filename or 'output'}: cannot be written ({error.strerror}); choose another output=…")
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        return UnknownNameError.of(f"{group} config", name, error.options)
     bad_key = re.search(r"Could not override '([^']+)'", str(error))
     if bad_key:
         return UnknownNameError.of("setting", bad_key[1], _known_keys(config_name))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from liplayers.errors import ArgumentError
 
@@ -89,11 +90,17 @@ class ParametrizedModule(LipschitzModule):
         if len(self._raw_seen) != len(raw) or not all(map(_identical, self._raw_seen, raw)):
             self._cache = {}
             self._raw_seen = [p.detach().clone() for p in raw]
-        if key not in self._cache:
+        entry = self._cache.get(key)
+        if entry is None or entry[0] != _versions(entry[1]):  # someone wrote into the weight that we had handed out
+            self._cache.pop(key, None)
             if len(self._cache) >= _SIZES_KEPT:
                 self._cache.pop(next(iter(self._cache)))
-            self._cache[key] = self._compute(*key)
-        return self._cache[key]
+            # inference tensors would be of no use to a later backward pass with respect to the input
+            differentiable = torch.is_grad_enabled()
+            with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+                value = self._compute(*key)
+            entry = self._cache[key] = (_versions(value), value)
+        return entry[1]
 
     def _compute(self, *key: Any) -> Any:
         with torch.autocast(self.raw_device.type, enabled=False):
@@ -127,6 +134,10 @@ class ParametrizedModule(LipschitzModule):
         state = self.__dict__.copy()
         state["_cache"], state["_raw_seen"] = {}, []
         return state
+
+
+def _versions(value: Any) -> tuple[int, ...]:
+    return tuple(t._version for t in tree_leaves(value) if isinstance(t, Tensor))
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:

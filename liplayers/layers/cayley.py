@@ -1,7 +1,7 @@
 """Orthogonal layers by the Cayley transform, dense and per frequency (Trockman & Kolter 2021, arXiv 2104.07167).
 
 Differs from the public code in that the half spectrum is enough, odd and non-square images work, zero padding is
-offered, and the transform runs in float64 (float32 leaves the unit ball once the gain is large).
+offered, and what rounding leaves beyond norm 1 (much, once the gain is large) is divided away.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ def _rescale(P: Tensor, raw: Tensor, gain: Tensor) -> Tensor:
 def _reset(module: LipschitzLinear | FourierConv2d) -> None:
     fan = module.raw.shape[0] + module.raw.shape[1]
     nn.init.normal_(module.raw, std=math.sqrt(2 / (fan * math.prod(module.raw.shape[2:]))))
-    module.gain = nn.Parameter(torch.linalg.vector_norm(module.raw.detach().float()).to(module.raw.dtype))
+    norm = torch.linalg.vector_norm(module.raw.detach().float()).to(module.raw.dtype)
+    if not hasattr(module, "gain"):
+        module.gain = nn.Parameter(norm)
+    with torch.no_grad():
+        module.gain.copy_(norm)  # in place: an optimizer may hold it already
     if module.bias is not None:
         nn.init.zeros_(module.bias)
 

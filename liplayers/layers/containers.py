@@ -63,8 +63,17 @@ class Residual(Container):
         return [self.branch]
 
     def compose_bounds(self, bounds: Sequence[float]) -> float:
-        alpha = self.logit.detach().double().sigmoid().item()
-        return (1 - alpha) + alpha * bounds[0]
+        logit = self.logit.detach()
+        alpha = logit.double().sigmoid()
+        pairs = [(1 - alpha, alpha)]
+        # in half precision 1 − α is rounded as well, and the two weights that run need not sum to 1
+        if torch.finfo(logit.dtype).bits < 32:
+            alpha = logit.sigmoid()
+            pairs = [(1 - alpha, alpha)]
+        if torch.is_autocast_enabled(logit.device.type):
+            low = torch.get_autocast_dtype(logit.device.type)
+            pairs.append(((1 - alpha).to(low), alpha.to(low)))
+        return max(rest.item() + weight.item() * bounds[0] for rest, weight in pairs)
 
 
 class Concatenate(Container):

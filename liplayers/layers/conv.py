@@ -191,16 +191,23 @@ class KernelConv2d(LipschitzConv2d):
         return 1.0 + torch.linalg.matrix_norm(error, dim=(0, 1)).sum().item()
 
 
+def wrap(owner: object, x: Tensor, pads: tuple[tuple[int, int], tuple[int, int]]) -> Tensor:
+    """Circular padding by (before, after) for height and width."""
+    if any(max(pad) > size for pad, size in zip(pads, x.shape[-2:], strict=True)):
+        raise ShapeError(
+            f"{type(owner).__name__}: the image {tuple(x.shape[-2:])} is smaller than its circular padding {pads}; "
+            f"use padding_mode='zeros' or a larger image"
+        )
+    (top, bottom), (left, right) = pads
+    return F.pad(x, (left, right, top, bottom), mode="circular")
+
+
 def run_conv2d(x: Tensor, kernel: Tensor, bias: Tensor | None, conv: LipschitzConv2d) -> Tensor:
     """conv2d with the stride, padding, dilation and groups of `conv`."""
-    (top, bottom), (left, right) = conv._pads
+    padding: Any = conv.padding
     if conv.padding_mode == "circular":
-        x = F.pad(x, (left, right, top, bottom), mode="circular")
-        padding: Any = 0
-    elif isinstance(conv.padding, str):
-        padding = conv.padding
-    else:
-        padding = conv.padding
+        x = wrap(conv, x, conv._pads)
+        padding = 0
     return F.conv2d(x, kernel, bias, conv.stride, padding, conv.dilation, conv.groups)
 
 

@@ -1,7 +1,7 @@
 """SLL, SDP-based Lipschitz layers: residual blocks with a diagonal multiplier (Araujo et al. 2023, arXiv 2303.03169).
 
-Differs from the public code: the ratio q_j/q_i is formed from its logarithm, with no ε on one side, and hidden units
-of weight zero drop out instead of dividing by zero.
+Differs from the public code: the ratio q_j/q_i is formed from its logarithm, with no ε on one side, hidden units are
+normalised first, and those of weight zero drop out instead of dividing by zero.
 """
 
 from __future__ import annotations
@@ -14,22 +14,30 @@ from torch import Tensor, nn
 from liplayers.errors import ArgumentError, ShapeError
 from liplayers.layers.activations import require_slope_range
 from liplayers.layers.base import ParametrizedModule, check_positive, fill_orthogonal_
+from liplayers.layers.conv import wrap
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.convolution import autocorrelation, orthogonal_taps_
 
 __all__ = ["SLLBlock", "SLLConv2dBlock"]
 
 
-def _outgoing(K: Tensor, absolute_gram: Tensor, log_q: Tensor, scale: Tensor) -> Tensor:
-    """2T⁻¹K/scale: T_i = Σ_j |G_ij| q_j/q_i, with K and G those of the kernel divided by `scale`.
+_LARGEST_EXPONENT = 60.0  # a unit with a ratio beyond it would count for nothing; its gradients would not be floats
 
-    A unit whose T is zero, negligible beside the others or infinite is dropped, which corresponds to T_i = ∞.
+
+def _outgoing(K: Tensor, absolute_gram: Tensor, norms: Tensor, log_q: Tensor) -> Tensor:
+    """2T⁻¹W: T_i = Σ_j |G_ij| q_j/q_i, with K and G those of W with its units (rows) divided by their `norms`.
+
+    In terms of K the multipliers are q_i·norm_i and T_i ≥ 1 for every unit that is not zero: nothing underflows. A
+    unit whose T is zero or infinite is dropped, which corresponds to T_i = ∞.
     """
-    T = (absolute_gram * torch.exp(log_q[None, :] - log_q[:, None])).sum(1)
-    info = torch.finfo(T.dtype)
-    usable = (T > info.tiny / info.eps) & (T < 1 / info.tiny)
+    log_q = log_q.double() + norms.double().log()
+    exponent = log_q[None, :] - log_q[:, None]
+    G = absolute_gram.double()
+    T = (G * exponent.clamp_max(_LARGEST_EXPONENT).exp()).sum(1)
+    usable = (T > 0) & ~((exponent > _LARGEST_EXPONENT) & (G > 0)).any(1)
     inverse = torch.where(usable, 1 / torch.where(usable, T, 1), 0)
-    return 2 * K * inverse.view(-1, *[1] * (K.dim() - 1)) / scale
+    factor = (2 * inverse / norms).to(K.dtype)
+    return K * factor.view(-1, *[1] * (K.dim() - 1))
 
 
 class _SLL(ParametrizedModule):
@@ -44,10 +52,14 @@ class _SLL(ParametrizedModule):
     def _pair(self) -> tuple[Tensor, Tensor]:
         """Wᵀ and 2T⁻¹Wᵀ, the two maps that the block runs, before they are cast to the layer's dtype."""
         raw, log_q = self.raw_values()
-        largest = raw.detach().abs().amax()
-        scale = torch.where(largest > 0, largest, 1)
-        K = raw / scale
-        return raw, _outgoing(K, self._absolute_gram(K), log_q, scale)
+        rows = raw.flatten(1)
+        largest = rows.detach().abs().amax(1, keepdim=True)
+        scale = torch.where(largest > 0, largest, 1)  # squares of tiny or huge entries would not be floats
+        rows = rows / scale
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        norm = torch.where(norm > 0, norm, 1)
+        K = (rows / norm).view_as(raw)
+        return raw, _outgoing(K, self._absolute_gram(K), (norm * scale)[:, 0], log_q)
 
     def compute_effective(self) -> tuple[Tensor, Tensor]:
         incoming, outgoing = self._pair()
@@ -214,14 +226,11 @@ class SLLConv2dBlock(_SLL):
         if self.padding_mode == "zeros":
             hidden = self.activation(F.conv2d(x, incoming, self.bias, padding=pad))
             return x - F.conv_transpose2d(hidden, outgoing, padding=pad)
-        hidden = self.activation(F.conv2d(self._wrap(x, pad), incoming, self.bias))
+        pads = ((pad, pad), (pad, pad))
+        hidden = self.activation(F.conv2d(wrap(self, x, pads), incoming, self.bias))
         # the adjoint of a circular convolution is the circular one with the flipped, transposed kernel
         adjoint = rearrange(outgoing, "h c a b -> c h a b").flip(-2, -1)
-        return x - F.conv2d(self._wrap(hidden, pad), adjoint)
-
-    @staticmethod
-    def _wrap(x: Tensor, pad: int) -> Tensor:
-        return F.pad(x, (pad, pad, pad, pad), mode="circular") if pad else x
+        return x - F.conv2d(wrap(self, hidden, pads), adjoint)
 
     def extra_repr(self) -> str:
         return (

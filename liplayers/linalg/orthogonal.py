@@ -3,9 +3,9 @@
 Every function works on (..., m, n), real or complex, batched over the leading dimensions. "Orthogonal" means
 orthonormal columns where m ≥ n and orthonormal rows where m < n.
 
-The factorisations run in float64: in float32 their error grows with the condition number of the free matrix, which
-training does not bound, and the result would leave the unit ball. What rounding is left is removed by
-`_within_unit_ball`, so that the returned map is a contraction whatever the free matrix was.
+The error of a factorisation grows with the condition number of the free matrix, which training does not bound, and
+would carry the result out of the unit ball. `_within_unit_ball` measures what is left of it and divides it away, so
+that the returned map is a contraction whatever the free matrix was.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ from torch import Tensor
 from liplayers.linalg.norms import gram, gram_iteration_bound
 
 
+CAYLEY_LIMIT = 1e3
+
+
 def to_double(x: Tensor) -> Tensor:
     """`x` in float64, or complex128 if it is complex."""
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
-def _within_unit_ball(Q: Tensor) -> Tensor:
-    """Divide an almost (partially) isometric Q by √(1 + ‖G² − G‖_F), G its Gram matrix.
+def _within_unit_ball(Q: Tensor, full_rank: bool) -> Tensor:
+    """Divide an almost isometric Q by √(1 + δ), δ = ‖G − I‖_F of its Gram matrix; then ‖Q‖ ≤ 1.
 
-    An eigenvalue λ of G obeys |λ² − λ| ≤ ‖G² − G‖_F = δ, hence λ ≤ 1 + δ and ‖Q‖ ≤ √(1 + δ). The factor is 1 up to
-    rounding in every well-conditioned case; the backward pass takes it as a constant (δ is at its minimum there).
+    Where Q may lack rank, δ = ‖G² − G‖_F: an eigenvalue λ of G obeys |λ² − λ| ≤ δ, hence λ ≤ 1 + δ. The factor is 1 up
+    to rounding in every well-conditioned case; the backward pass takes it as a constant (δ is at its minimum there).
     """
     with torch.no_grad():
         G = gram(Q)
-        defect = torch.linalg.matrix_norm(G @ G - G)
-        shrink = (1 + defect).rsqrt()
+        defect = G - torch.eye(G.shape[-1], dtype=G.dtype, device=G.device) if full_rank else G @ G - G
+        shrink = (1 + torch.linalg.matrix_norm(defect)).rsqrt()
     return Q * shrink[..., None, None]
 
 
@@ -69,7 +72,8 @@ def cayley(P: Tensor) -> Tensor:
     """The Cayley map of P = [U; V] (U square): A = U − Uᴴ + VᴴV, W = [(I + A)⁻¹(I − A); −2V(I + A)⁻¹].
 
     A wide P is mapped through its transpose. With Z = (I + A)⁻¹ the upper block is 2Z − I, so one inverse is all it
-    takes; I + A is never singular, since its Hermitian part is I + VᴴV.
+    takes; I + A is never singular, since its Hermitian part is I + VᴴV. P is scaled down to a Frobenius norm of
+    `CAYLEY_LIMIT` where it is longer: beyond it the 1 in I + A drowns in the rounding of float32.
 
     Args:
         P: (..., m, n), any values.
@@ -86,17 +90,21 @@ def cayley(P: Tensor) -> Tensor:
     if P.shape[-2] < P.shape[-1]:
         return cayley(P.mH).mH
     n = P.shape[-1]
-    U, V = to_double(P).split([n, P.shape[-2] - n], dim=-2)
+    norm = torch.linalg.matrix_norm(P)[..., None, None]
+    U, V = (P * (CAYLEY_LIMIT / norm.clamp_min(CAYLEY_LIMIT))).split([n, P.shape[-2] - n], dim=-2)
     eye = torch.eye(n, dtype=U.dtype, device=U.device)
-    Z = torch.linalg.inv(eye + U - U.mH + V.mH @ V)
-    return _within_unit_ball(torch.cat([2 * Z - eye, -2 * V @ Z], dim=-2)).to(P.dtype)
+    Z, failed = torch.linalg.inv_ex(eye + U - U.mH + V.mH @ V)
+    Z = torch.where((failed != 0)[..., None, None], torch.nan, Z)  # only NaN or infinite P gets here
+    W = torch.cat([2 * Z - eye, -2 * V @ Z], dim=-2) if P.shape[-2] > n else 2 * Z - eye
+    return _within_unit_ball(W, full_rank=True)
 
 
 def block_reflector(V: Tensor) -> Tensor:
     """The factor Y of the block reflector I − 2V(VᴴV)⁻¹Vᴴ = I − 2YYᴴ.
 
     Y = V L⁻ᴴ with LLᴴ = VᴴV + ridge. The columns of V are normalised first (the reflector only depends on their
-    span), so the ridge of a few roundings is relative to each; it keeps rank-deficient V a contraction.
+    span), so the ridge of a few roundings is relative to each; it keeps rank-deficient V a contraction. The Gram matrix
+    squares the condition number, so it is factorised in float64.
 
     Args:
         V: (..., n, r) with r ≤ n.
@@ -122,4 +130,4 @@ def block_reflector(V: Tensor) -> Tensor:
     L, failed = torch.linalg.cholesky_ex(X.mH @ X + ridge * eye)
     L = torch.where((failed != 0)[..., None, None], torch.nan, L)  # only NaN or infinite V gets here
     Y = torch.linalg.solve_triangular(L, X.mH, upper=False).mH
-    return _within_unit_ball(Y).to(V.dtype)
+    return _within_unit_ball(Y, full_rank=False).to(V.dtype)
