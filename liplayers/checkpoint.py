@@ -52,6 +52,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: the weights do not fit the model of its config ({detail})") from None
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint with weights_only=True: tensors and plain containers, no code.
 
@@ -63,11 +67,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path}: no such checkpoint; training writes them to <output>/checkpoints/")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = "it holds objects other than tensors, which are never unpickled" if zipfile.is_zipfile(path) else error
-        raise CheckpointError(f"{path}: cannot be read ({str(reason).splitlines()[0]})") from None
+    except pickle.UnpicklingError:
+        foreign = "it holds objects other than tensors, which are never unpickled"
+        reason = foreign if zipfile.is_zipfile(path) else "not a checkpoint"
+        raise CheckpointError(f"{path}: cannot be read ({reason})") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: truncated or not a checkpoint ({str(error).splitlines()[0]})") from None
+        raise CheckpointError(f"{path}: truncated or not a checkpoint ({_first_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get(KEY), dict) or "state_dict" not in content:
         raise CheckpointError(
             f"{path}: a torch file, but not a checkpoint of liplayers (no entry {KEY!r}); train with train.py"

@@ -19,6 +19,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -59,10 +60,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Raises:
         LipschitzError: a subclass for each cause, with a message of one line.
     """
-    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    output = Path(HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else cfg.output)
+    output = Path(cfg.output)
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        output = Path(HydraConfig.get().runtime.output_dir)  # one folder for each job
     if cfg.resume is not None:
-        cfg = _resumed(cfg, overrides)
+        cfg = _resumed(cfg, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
     eps = [parse_radius(e) for e in cfg.eps]
     select = parse_radius(cfg.select_eps)
     eps = [select, *(e for e in eps if e != select)]
@@ -91,10 +93,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     stage = "val" if data.val_fraction else "train"  # without a validation split the training samples select
     monitor = f"{stage}/{certified_name(select)}"
     checkpoints = output / "checkpoints"
-    best = ModelCheckpoint(
-        dirpath=checkpoints, filename="best", monitor=monitor, mode="max", save_last=True, enable_version_counter=False
-    )
-    callbacks: list[Callback] = [best, SaveWhenInterrupted(checkpoints / "interrupted.ckpt"), Throughput()]
+    best = ModelCheckpoint(checkpoints, "best", monitor=monitor, mode="max", enable_version_counter=False)
+    last = ModelCheckpoint(checkpoints, "last", enable_version_counter=False)  # of every epoch, better or not
+    callbacks: list[Callback] = [best, last, SaveWhenInterrupted(checkpoints / "interrupted.ckpt"), Throughput()]
     if cfg.trainer.enable_progress_bar:
         shown = {"images/s": "images/s", "val/accuracy": "clean", f"val/{certified_name(select)}": f"ε={select:.3g}"}
         callbacks.append(ProgressBar(shown))
@@ -104,7 +105,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
         cfg.trainer,
         default_root_dir=str(output),
         callbacks=callbacks,
-        logger=[CSVLogger(output, name="csv", flush_logs_every_n_steps=1), TensorBoardLogger(output, name="tensorboard")],
+        logger=[
+            CSVLogger(output, name="csv", flush_logs_every_n_steps=1),
+            TensorBoardLogger(output, name="tensorboard"),
+        ],
         enable_model_summary=False,
     )
     if cfg.resume is None and not cfg.overwrite and any(checkpoints.glob("*.ckpt")):
@@ -112,7 +116,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
             f"{output}: holds the checkpoints of a run; continue it with resume={checkpoints / 'last.ckpt'}, "
             f"choose another output=…, or pass overwrite=true"
         )
-    with _writing(output):
+    with _Writing(output):
         output.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, output / "config.yaml")
         parameters = sum(p.numel() for p in module.model.parameters())
@@ -175,7 +179,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-class _writing:
+class _Writing:
     """Turn an OSError about the output folder into one line."""
 
     def __init__(self, folder: Path) -> None:
@@ -279,7 +283,12 @@ def _certify_one(
             "epoch": checkpoint.epoch,
             "config": checkpoint.config,
         },
-        "data": {"name": data.name, "split": cfg.data.split, "sha256": data.fingerprint(cfg.data.split), "config": data_config},
+        "data": {
+            "name": data.name,
+            "split": cfg.data.split,
+            "sha256": data.fingerprint(cfg.data.split),
+            "config": data_config,
+        },
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         "dtype": "float64",
         "environment": reports.environment(),
@@ -316,7 +325,7 @@ def _targets(node: Any) -> Iterator[str]:
 
 
 def _check_targets(checkpoint: Checkpoint, config: dict[str, Any], allow: Sequence[str]) -> None:
-    """A checkpoint must not choose what code runs: only models and data sets of ours, and of packages the user allows."""
+    """A checkpoint must not choose what code runs: only models and data of ours, and of packages the user allows."""
     for target in _targets(config):
         module, _, name = str(target).rpartition(".")
         if module in OWN_CODE:
@@ -345,9 +354,7 @@ def _names(paths: Sequence[str]) -> list[str]:
     for path in map(Path, paths):
         folder = path.resolve().parent
         runs.append((folder.parent if folder.name == "checkpoints" else folder).name)
-    names = [
-        run if runs.count(run) == 1 else f"{run}-{Path(path).stem}" for run, path in zip(runs, paths, strict=True)
-    ]
+    names = [run if runs.count(run) == 1 else f"{run}-{Path(path).stem}" for run, path in zip(runs, paths, strict=True)]
     return [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names)]
 
 
@@ -390,7 +397,6 @@ def _run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         except (LipschitzError, OmegaConfBaseException) as error:
             if traceback:
                 raise
-            _remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
             _fail(error)
 
     guarded.__name__ = config_name
@@ -408,20 +414,15 @@ def _fail(error: BaseException) -> None:
     sys.exit(2)
 
 
-def _remove_if_empty(folder: Path) -> None:
-    """Take back the output folder that hydra has made for a run that never began, and its parent."""
-    for candidate in (folder, folder.parent):
-        if candidate != Path.cwd() and candidate.is_dir() and not any(candidate.iterdir()):
-            candidate.rmdir()
-
-
 def _config_error(error: Exception, config_name: str) -> Exception:
     """What hydra says about a bad command line, in one line with the nearest known names."""
     if isinstance(error, MissingConfigException):  # an OSError, too
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         return UnknownNameError.of(f"{group} config", name, error.options or [])
     if isinstance(error, OSError):
-        return OutputError(f"{error.filename or 'output'}: cannot be written ({error.strerror}); choose another output=…")
+        return OutputError(
+            f"{error.filename or 'output'}: cannot be written ({error.strerror}); choose another output=…"
+        )
     bad_key = re.search(r"Could not override '([^']+)'", str(error))
     if bad_key:
         return UnknownNameError.of("setting", bad_key[1], _known_keys(config_name))

@@ -150,9 +150,7 @@ class LogitAnnealing(MarginLoss):
         return logit_annealing(logits, target, self.temperature, self.offset, self.exponent)
 
     def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, offset={self.offset}, exponent={self.exponent}, epsilon={self.epsilon}"
-        )
+        return f"temperature={self.temperature}, offset={self.offset}, exponent={self.exponent}, epsilon={self.epsilon}"
 
 
 def _number(owner: nn.Module, name: str, value: float, least: float | None = None, above: float | None = None) -> float:

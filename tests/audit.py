@@ -69,7 +69,8 @@ def operator_norm(fn: Map, input_shape: tuple[int, ...], at: Tensor | None = Non
     """The float64 norm of the derivative of `fn` at a point (for affine maps, of the map); exact for small inputs."""
     x = torch.zeros(input_shape, dtype=torch.float64) if at is None else at.detach().double()
     if x.numel() <= DENSE_LIMIT:
-        return torch.linalg.matrix_norm(jacobian(fn, x), 2).item()
+        J = jacobian(fn, x)
+        return torch.linalg.matrix_norm(J, 2).item() if torch.isfinite(J).all() else math.inf
 
     def one(flat: Tensor) -> Tensor:
         return fn(flat.view(1, *input_shape)).flatten()
@@ -249,10 +250,14 @@ EVERY = of_role("linear", "conv", "dense_block", "conv_block")
 
 
 def accepts(make: Callable, name: str) -> bool:
-    parameters = inspect.signature(make).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):  # hands its arguments on to a base with torch's signature
-        return name in ("bias", "device", "dtype", "dilation", "groups", "padding_mode", "stride", "padding")
-    return any(p.name == name for p in parameters)
+    """Whether a constructor, or one that it hands *args on to, takes an argument of that name."""
+    for cls in inspect.getmro(make) if inspect.isclass(make) else (make,):
+        parameters = inspect.signature(cls.__init__ if inspect.isclass(cls) else cls).parameters.values()
+        if any(p.name == name for p in parameters):
+            return True
+        if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            return False
+    return False
 
 
 def construct(make: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module | None:
@@ -280,7 +285,3 @@ def example(family: str, role: str, dtype: torch.dtype | None = None, **kwargs: 
 
 def is_block(role: str) -> bool:
     return role.endswith("_block")
-
-
-def same(a: float, b: float, tolerance: float = 1e-6) -> bool:
-    return math.isclose(a, b, rel_tol=tolerance)

@@ -412,7 +412,7 @@ def test_casting_recomputes_in_the_new_precision(family: str, role: str, warm: t
 
 @REGISTERED
 def test_a_warm_cache_follows_the_image_size(family: str, role: str, warm: tuple):
-    layer, x, shape = warm
+    layer, _, shape = warm
     if "conv" not in role:
         pytest.skip("no image")
     for size in [(4, 7), (9, 3), (6, 6), (3, 8), (5, 9), shape[1:]]:
@@ -548,9 +548,7 @@ def half_twin(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @REGISTERED
 @pytest.mark.parametrize("dtype", HALF, ids=["bfloat16", "float16"])
-def test_autocast_computes_weights_in_float32_and_the_bound_counts_rounding(
-    family: str, role: str, dtype: torch.dtype
-):
+def test_autocast_computes_weights_in_float32_and_the_bound_counts_rounding(family: str, role: str, dtype: torch.dtype):
     layer, shape = example(family, role)
     perturb(layer)
     x = torch.randn(2, *shape)
@@ -580,7 +578,7 @@ def test_autocast_computes_weights_in_float32_and_the_bound_counts_rounding(
             bound = layer.lipschitz_bound()
         measured = worst_norm(half_twin(layer, dtype), shape, is_block(role))
         # weights beyond the range of float16 have no finite bound, and must not pretend to
-        if not (measured <= bound * (1 + 1e-5) or not math.isfinite(measured) and not math.isfinite(bound)):
+        if not (measured <= bound * (1 + 1e-5) or (not math.isfinite(measured) and not math.isfinite(bound))):
             exceeded.append(f"{setting}: {measured} > {bound}")
     assert not exceeded, "; ".join(exceeded)
 
@@ -598,7 +596,7 @@ def test_half_precision_layers_count_their_rounded_weight(family: str, role: str
             continue  # beyond the range of the dtype
         bound = layer.lipschitz_bound()
         measured = worst_norm(half_twin(layer, dtype), shape, is_block(role))
-        if not (measured <= bound * (1 + 1e-5) or not math.isfinite(measured) and not math.isfinite(bound)):
+        if not (measured <= bound * (1 + 1e-5) or (not math.isfinite(measured) and not math.isfinite(bound))):
             exceeded.append(f"{setting}: {measured} > {bound}")
     assert not exceeded, "; ".join(exceeded)
 
@@ -744,5 +742,6 @@ def test_default_arguments_are_those_of_torch(family: str, role: str):
     ours, theirs = FAMILIES[family].conv(3, 5, 3), nn.Conv2d(3, 5, 3)
     x = torch.randn(2, 3, 6, 7)
     assert ours(x).shape == theirs(x).shape == F.conv2d(x, theirs.weight).shape
-    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+    sizes = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+    for name in (*sizes, "padding_mode"):
         assert getattr(ours, name) == getattr(theirs, name), name

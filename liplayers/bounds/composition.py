@@ -80,7 +80,8 @@ class HeadSplit:
         body_bound·‖w_y − w_j‖ with a head (differentiable in its weight), √2·body_bound without.
         """
         if self.head is not None:
-            return self.body_bound * row_distances(self.head.weight)
+            weight: Tensor = self.head.weight  # type: ignore[assignment]
+            return self.body_bound * row_distances(weight)
         return math.sqrt(2) * self.body_bound * (1 - torch.eye(num_classes))
 
 
@@ -122,12 +123,18 @@ class _Walk:
             names = {child: name for name, child in module.named_modules()}
             return module.compose_bounds([self.bound(b, _join(path, names[b])) for b in module.branches()])
         if _is_sequential(module):
-            return math.prod(self.bound(child, _join(path, name)) for name, child in module._modules.items())
+            return self._product(_children(module), path)
         known = self._torch_bound(module)
         if known is not None:
             return known
         graph, bounds = self._trace(module, path)
         return bounds[_output(graph)]
+
+    def _product(self, children: list[tuple[str, nn.Module]], path: str) -> float:
+        product = 1.0
+        for name, child in children:
+            product *= self.bound(child, _join(path, name))
+        return product
 
     def _torch_bound(self, module: nn.Module) -> float | None:
         shapes = self.shapes.get(module, {None})
@@ -152,8 +159,8 @@ class _Walk:
             _check_finite(module, path)
             return HeadSplit(1.0, module)
         if _is_sequential(module) and len(module._modules):
-            *body, (last_name, last) = module._modules.items()
-            below = math.prod(self.bound(child, _join(path, name)) for name, child in body)
+            *body, (last_name, last) = _children(module)
+            below = self._product(body, path)
             inner = self.split(last, _join(path, last_name))
             return HeadSplit(below * inner.body_bound, inner.head)
         if isinstance(module, (LipschitzModule, Container)) or _is_sequential(module):
@@ -190,6 +197,11 @@ def _located(error: UnknownBoundError, module: nn.Module, path: str) -> UnknownB
 
 def _is_sequential(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The children by name, one that occurs twice listed twice (`named_children` lists it once)."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
 def _join(path: str, name: str) -> str:

@@ -92,11 +92,13 @@ def _operation(node: fx.Node, bounds: dict[fx.Node, float]) -> float:
     method = node.op == "call_method"
     first = bounds[node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else None
     others_constant = first is not None and sum(arguments) == first
-    if method and target in _SHAPE_METHODS or target is getattr and node.args[1] in ("shape", "ndim", "device", "dtype"):
+    if (method and target in _SHAPE_METHODS) or (
+        target is getattr and node.args[1] in ("shape", "ndim", "device", "dtype")
+    ):
         return 0.0
     unchanged = target in (_UNCHANGED_METHODS if method else _UNCHANGED_FUNCTIONS)
     entrywise = target in (_ENTRYWISE_METHODS if method else _ENTRYWISE_FUNCTIONS)
-    if others_constant and (entrywise or unchanged and not _has_dtype(node)):
+    if others_constant and (entrywise or (unchanged and not _has_dtype(node))):
         assert first is not None
         return first
     if not method and target in _ADD and "alpha" not in node.kwargs and len(node.args) == 2:

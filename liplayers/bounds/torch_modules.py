@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from liplayers.linalg.convolution import conv_norm_bound, overlap
 from liplayers.linalg.norms import spectral_norm_bound
 
 Shape = tuple[int, ...]
-Rule = Callable[[nn.Module, "Shape | None"], float]
+Rule = Callable[[Any, "Shape | None"], float]
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
@@ -33,7 +34,8 @@ def _conv2d(module: nn.Conv2d, shape: Shape | None) -> float:
     stride, dilation = _pair(module.stride), _pair(module.dilation)
     if module.padding_mode == "circular":
         if isinstance(module.padding, str):
-            pads = [d * (k - 1) * (module.padding == "same") for k, d in zip(module.kernel_size, dilation, strict=True)]
+            same = module.padding == "same"
+            pads = [same * d * (k - 1) for k, d in zip(module.kernel_size, dilation, strict=True)]
         else:
             pads = [2 * p for p in _pair(module.padding)]
         wide = any(p > d * (k - 1) for p, d, k in zip(pads, dilation, module.kernel_size, strict=True))
@@ -42,7 +44,7 @@ def _conv2d(module: nn.Conv2d, shape: Shape | None) -> float:
         )
         if wide or not divides:
             raise UnknownBoundError(
-                "circular padding beyond (k − 1)/2, or a stride that is not known to divide the image (pass input_shape)"
+                "circular padding beyond (k − 1)/2, or a stride not known to divide the image (pass input_shape)"
             )
     elif module.padding_mode != "zeros":
         raise UnknownBoundError(f"padding_mode={module.padding_mode!r}, known are 'zeros' and 'circular'")

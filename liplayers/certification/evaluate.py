@@ -130,6 +130,4 @@ def _check_images(images: Tensor, input_shape: tuple[int, ...], done: int) -> No
     if wrong.any():
         position = wrong.nonzero()[0].tolist()
         value = images[tuple(position)].item()
-        raise DataError(
-            f"sample {done + position[0]}, pixel {tuple(position[1:])}: {value}; expected pixels in [0, 1]"
-        )
+        raise DataError(f"sample {done + position[0]}, pixel {tuple(position[1:])}: {value}; expected pixels in [0, 1]")

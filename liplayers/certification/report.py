@@ -47,7 +47,9 @@ def results_table(results: Mapping[str, Certificates], eps: Radii, title: str) -
 
 def summary(certificates: Certificates, eps: Radii) -> dict[str, Any]:
     """The figures of the table as plain numbers."""
-    certified = [{"eps": str(e), "radius": parse_radius(e), "accuracy": certificates.accuracy(parse_radius(e))} for e in eps]
+    certified = [
+        {"eps": str(e), "radius": parse_radius(e), "accuracy": certificates.accuracy(parse_radius(e))} for e in eps
+    ]
     return {
         "samples": len(certificates.label),
         "clean_accuracy": certificates.clean_accuracy,

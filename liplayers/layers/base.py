@@ -8,7 +8,7 @@ averaged weights use, does not advance it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -61,13 +61,14 @@ class ParametrizedModule(LipschitzModule):
     """
 
     raw_names: tuple[str, ...] = ("raw",)
+    _cache: dict[tuple, tuple[tuple[int, ...], Any]]  # key → (versions of the value's tensors, value)
+    _raw_seen: list[Tensor]  # copies of the raw parameters that the cache was computed from
 
     def __init__(self) -> None:
         super().__init__()
         self._forget()
 
-    def compute_effective(self, *key: Any) -> Any:
-        raise NotImplementedError
+    compute_effective: Callable[..., Any]
 
     def effective(self, *key: Any) -> Any:
         """The effective weight; `key` holds what else it depends on (the grid of a Fourier layer).
@@ -123,8 +124,7 @@ class ParametrizedModule(LipschitzModule):
         return getattr(self, self.raw_names[0]).dtype
 
     def _forget(self) -> None:
-        self._cache: dict = {}
-        self._raw_seen: list[Tensor] = []
+        self._cache, self._raw_seen = {}, []
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._forget()  # moved or cast: the old weight is only a waste of memory
@@ -183,9 +183,8 @@ class LipschitzLinear(ParametrizedModule):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def map_weight(self, *raw: Tensor) -> Tensor:
-        """The contraction W (out, in) that the raw parameters stand for."""
-        raise NotImplementedError
+    map_weight: Callable[..., Tensor]
+    """(*raw parameters) → the contraction W, (out, in), that they stand for."""
 
     def compute_effective(self) -> Tensor:
         return self.map_weight(*self.raw_values()).to(self.raw.dtype)

@@ -91,7 +91,8 @@ class BjorckConv2d(KernelConv2d):
     def map_kernel(self, raw: Tensor) -> Tensor:
         matrix = newton_schulz(rearrange(raw, "g o i a b -> g o (i a b)"), self.iterations)
         kernel = matrix.reshape(raw.shape)
-        overlaps = map(overlap, self.kernel_size, self.stride, self.dilation)
+        sizes = zip(self.kernel_size, self.stride, self.dilation, strict=True)
+        overlaps = [overlap(*size) for size in sizes]  # not a map object: torch.compile breaks the graph there
         bound = row_sum_bound(polyphase(kernel, self.stride, self.dilation))
         return kernel / torch.clamp(bound, torch.finfo(kernel.dtype).tiny, math.sqrt(math.prod(overlaps)))
 

@@ -46,9 +46,9 @@ def _reset(module: LipschitzLinear | FourierConv2d, square: bool) -> None:
         nn.init.normal_(raw, std=1 / math.sqrt(raw.shape[0] * math.prod(raw.shape[2:])))
         if square:
             raw.mul_(NOISE)
-            centre = tuple((k - 1) // 2 for k in raw.shape[2:])
-            diagonal = torch.arange(raw.shape[1], device=raw.device)
-            raw[(diagonal, diagonal, *centre)] += 1
+            # the centre tap, as an n × r view: its diagonal becomes that of the identity
+            tap = raw[(..., *((k - 1) // 2 for k in raw.shape[2:]))]
+            tap.diagonal().add_(1)
         if module.bias is not None:
             module.bias.zero_()
 

@@ -29,10 +29,9 @@ def _reset(module: LipschitzLinear | FourierConv2d) -> None:
     fan = module.raw.shape[0] + module.raw.shape[1]
     nn.init.normal_(module.raw, std=math.sqrt(2 / (fan * math.prod(module.raw.shape[2:]))))
     norm = torch.linalg.vector_norm(module.raw.detach().float()).to(module.raw.dtype)
-    if not hasattr(module, "gain"):
-        module.gain = nn.Parameter(norm)
-    with torch.no_grad():
-        module.gain.copy_(norm)  # in place: an optimizer may hold it already
+    if "gain" not in module._parameters:
+        module.register_parameter("gain", nn.Parameter(norm))
+    module.get_parameter("gain").data.copy_(norm)  # in place: an optimizer may hold it already
     if module.bias is not None:
         nn.init.zeros_(module.bias)
 
@@ -110,6 +109,4 @@ class CayleyConv2d(FourierConv2d):
         return cayley(_rescale(transfer, self.raw_values()[0], gain))
 
 
-register(
-    Family("cayley", linear=CayleyLinear, conv=CayleyConv2d, orthogonal=frozenset({"linear", "conv"}))
-)
+register(Family("cayley", linear=CayleyLinear, conv=CayleyConv2d, orthogonal=frozenset({"linear", "conv"})))

@@ -7,6 +7,7 @@ image by a matrix; it needs no kernel, so its map may have unbounded support.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -160,8 +161,7 @@ class KernelConv2d(LipschitzConv2d):
     that shape whose convolution, with this stride and dilation, has norm ≤ 1 on the infinite grid.
     """
 
-    def map_kernel(self, *raw: Tensor) -> Tensor:
-        raise NotImplementedError
+    map_kernel: Callable[..., Tensor]
 
     def _mapped(self) -> Tensor:
         raw, *rest = self.raw_values()
@@ -234,9 +234,8 @@ class FourierConv2d(LipschitzConv2d):
         (kh, kw), (sh, sw) = self.kernel_size, self.stride
         return self.in_channels * sh * sw, math.ceil(kh / sh), math.ceil(kw / sw)
 
-    def map_transfer(self, *transfer: Tensor) -> Any:
-        """From the transfer matrices of the raw kernels, (H, W//2 + 1, ·, ·), to what `apply_transfer` needs."""
-        raise NotImplementedError
+    map_transfer: Callable[..., Any]
+    """(transfer matrices of the raw kernel, (H, W//2 + 1, ·, ·), *other raw parameters) → what `apply_transfer` needs."""
 
     def apply_transfer(self, weight: Any, X: Tensor) -> Tensor:
         """Multiply a spectrum (H, W//2 + 1, in, B) by the layer's map; the result has out_channels channels."""
@@ -252,12 +251,17 @@ class FourierConv2d(LipschitzConv2d):
         out_h, out_w = self.output_size(*x.shape[-2:])
         y = x if batched else x[None]
         y = y.to(torch.promote_types(y.dtype, torch.float32))  # no transform exists in half precision
-        (sh, sw), (top, left) = self.stride, (0, 0)
+        sh, sw = self.stride
+        top, left = (
+            max(0, (k - 1) // 2 - (before if self.padding_mode == "circular" else 0)) // s
+            for k, (before, _), s in zip(self.kernel_size, self._pads, self.stride, strict=True)
+        )
         if self.padding_mode == "zeros":
-            bottom, right = (-(n + sum(pad)) % s for n, pad, s in zip(y.shape[-2:], self._pads, self.stride, strict=True))
             (pad_top, pad_bottom), (pad_left, pad_right) = self._pads
+            bottom, right = (
+                -(n + sum(pad)) % s for n, pad, s in zip(y.shape[-2:], self._pads, self.stride, strict=True)
+            )
             y = F.pad(y, (pad_left, pad_right + right, pad_top, pad_bottom + bottom))
-            top, left = ((k - 1) // 2 // s for k, s in zip(self.kernel_size, self.stride, strict=True))
         y = rearrange(y, "n c (h a) (w b) -> n (c a b) h w", a=sh, b=sw)
         size = (y.shape[-2], y.shape[-1])
         with torch.autocast(x.device.type, enabled=False):

@@ -80,7 +80,7 @@ def row_sum_bound(kernel: Tensor) -> Tensor:
     """
     side = "in" if kernel.shape[2] <= kernel.shape[1] else "out"
     square = autocorrelation(kernel, side).abs().sum((2, 3, 4)).amax()
-    return torch.where(square > 0, torch.where(square > 0, square, 1).sqrt(), 0)  # a zero kernel has gradient 0, not NaN
+    return torch.where(square > 0, torch.where(square > 0, square, 1).sqrt(), 0)  # gradient 0 at 0, not NaN
 
 
 def conv_norm_bound(

@@ -29,16 +29,18 @@ def gram_iteration_bound(W: Tensor, iterations: int = 8) -> Tensor:
     >>> round(gram_iteration_bound(torch.diag(torch.tensor([2.0, 1.0])), 6).item(), 4)
     2.0
     """
-    log_scale = torch.zeros(W.shape[:-2], dtype=W.real.dtype, device=W.device)
-    for step in range(iterations + 1):
+    norm = torch.linalg.matrix_norm(W)
+    zero = norm == 0
+    scale = torch.where(zero, 1, norm)
+    W = W / scale[..., None, None]
+    log_ratio = torch.zeros_like(scale)  # of the bound to the Frobenius norm: small, so its rounding is too
+    for step in range(1, iterations + 1):
+        W = gram(W)
         norm = torch.linalg.matrix_norm(W)
-        zero = norm == 0
         safe = torch.where(zero, 1, norm)
         W = W / safe[..., None, None]
-        log_scale = log_scale + safe.log() / 2**step
-        if step < iterations:
-            W = gram(W)
-    return torch.where(zero, 0, log_scale.exp())
+        log_ratio = log_ratio + safe.log() / 2**step
+    return torch.where(zero, 0, scale * log_ratio.exp())
 
 
 def spectral_norm_bound(W: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from liplayers.linalg.norms import gram, gram_iteration_bound
 
-
 CAYLEY_LIMIT = 1e3
 
 

@@ -1,4 +1,4 @@
-"""LipConvNet: stages of 1-Lipschitz convolutions, each closed by a strided one (Singla & Feizi 2021, arXiv 2105.11417)."""
+"""LipConvNet: stages of 1-Lipschitz convolutions, each closed by a strided one (arXiv 2105.11417)."""
 
 from __future__ import annotations
 

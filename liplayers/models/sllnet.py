@@ -1,4 +1,4 @@
-"""SLL networks: channels padded with zeros, residual convolution blocks, then dense blocks (Araujo et al. 2023, 2303.03169)."""
+"""SLL networks: zero-padded channels, residual convolution blocks, dense blocks (arXiv 2303.03169)."""
 
 from __future__ import annotations
 

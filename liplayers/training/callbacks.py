@@ -42,6 +42,9 @@ class SaveWhenInterrupted(L.Callback):
 class Throughput(L.Callback):
     """Logs the training throughput in images per second, on the progress bar and for each epoch."""
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start, self._images = time.perf_counter(), 0  # a run that resumes within an epoch does not start one
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start, self._images = time.perf_counter(), 0
 
@@ -76,6 +79,9 @@ class EpsilonRamp(L.Callback):
                 f"EpsilonRamp: epsilon={epsilon}, start={start}, share={share}; expected epsilon > 0, shares in (0, 1]"
             )
         self.epsilon, self.start, self.share = epsilon, start, share
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loss = pl_module.loss

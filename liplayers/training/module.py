@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -76,6 +77,9 @@ class CertifiedClassifier(L.LightningModule):
         """The bound of the body; constant for most models, but a residual's α or a plain layer's weight moves it."""
         self.split = [split_head(self.model, self.input_shape)]  # in a list: the head is not a second submodule
 
+    def on_train_start(self) -> None:
+        self._refresh_bound()
+
     def on_train_epoch_start(self) -> None:
         self._refresh_bound()
 
@@ -99,10 +103,8 @@ class CertifiedClassifier(L.LightningModule):
         with cached():
             logits = self.model(images)
             constants = self.split[0].margin_lipschitz(logits.shape[1]).to(logits.device)
-        if isinstance(self.loss, MarginLoss):
-            loss = self.loss(logits, labels, constants)
-        else:
-            loss = self.loss(logits, labels)
+        extra = (constants,) if isinstance(self.loss, MarginLoss) else ()
+        loss = self.loss(logits, labels, *extra)
         self._log_metrics(stage, loss.detach(), logits.detach().float(), labels, constants.detach().float())
         return loss
 
@@ -127,7 +129,7 @@ class CertifiedClassifier(L.LightningModule):
                 batch_size=len(labels),
             )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer_factory(self.model.parameters())
         scheduler = self.schedule_factory(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,39 @@
+# make demo, make test: each sets up what it needs.
+
+PYTHON ?= python3
+BIN := .venv/bin
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+# two torch processes that each use every core slow each other down tenfold
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+.PHONY: demo test nightly lint clean
+
+demo: .venv/installed
+	@echo "== training a certified network on scikit-learn's handwritten digits (about a minute)"
+	$(BIN)/python train.py experiment=digits output=runs/demo overwrite=true
+	@echo "== certifying it on the test images"
+	$(BIN)/python certify.py ckpt=runs/demo/checkpoints/best.ckpt
+
+test: .venv/installed lint
+	@echo "== the test suite"
+	$(TEST) -m "not slow"
+
+nightly: .venv/installed lint
+	$(TEST)
+
+lint: .venv/installed
+	@echo "== ruff, mypy"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy liplayers train.py certify.py
+
+.venv/installed: pyproject.toml
+	@echo "== making .venv and installing liplayers with its dependencies (torch is large: some minutes)"
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'liplayers needs Python 3.11 or newer: make PYTHON=python3.12')"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf .venv runs build dist

@@ -1,0 +1,392 @@
+"""The commands end to end on small data: training, resuming, certifying, comparing, and every kind of bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import liplayers as lp
+from liplayers import cli
+from liplayers.checkpoint import load_checkpoint
+from liplayers.errors import CheckpointError, ConfigError, LipschitzError, OutputError, ShapeError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+SMALL = [
+    "model.width=16",
+    "model.depth=1",
+    "trainer.max_epochs=2",
+    "trainer.enable_progress_bar=false",
+    "trainer.accelerator=cpu",
+]
+
+
+def compose(name: str, *overrides: str) -> OmegaConf:
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra.compose(name, list(overrides))
+
+
+def train(output: Path, *overrides: str) -> dict[str, float]:
+    return cli.train(compose("train", f"output={output}", *SMALL, *overrides))
+
+
+def certify(*overrides: str) -> dict:
+    return cli.certify(compose("certify", *overrides))
+
+
+def command(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / script, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A small finished run on the digits."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    train(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ckpt(run) -> Path:
+    return run / "checkpoints" / "best.ckpt"
+
+
+# ------------------------------------------------------------------------------------------------------------ configs
+
+
+def group(name: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / name).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("choice", [f"{g}={n}" for g in cli.GROUPS for n in group(g)])
+def test_every_config_composes_and_its_target_takes_its_arguments(choice, tmp_path):
+    cfg = compose("train", choice, f"output={tmp_path}")
+    for name in ("data.root", "data.train", "data.test"):
+        if OmegaConf.is_missing(cfg.data, name.split(".")[1]):
+            OmegaConf.update(cfg, name, str(tmp_path))
+    cli._build(cfg.data)
+    cli._build(cfg.loss)
+    cfg.model.update({key: 8 for key in ("width", "channels") if key in cfg.model})
+    model = cli._build(cfg.model, input_shape=(3, 16, 16), num_classes=4)
+    assert lp.split_head(model, (3, 16, 16)).body_bound == pytest.approx(1)
+    optimizer = cli._build(cfg.optimizer)(model.parameters())
+    scheduler = cli._build(cfg.schedule)(optimizer, 10)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert 0 <= min(rates) <= max(rates) == pytest.approx(cfg.optimizer.lr)
+    assert cli._build(cfg.trainer, logger=False, default_root_dir=str(tmp_path)).max_epochs == cfg.trainer.max_epochs
+
+
+@pytest.mark.parametrize("conv", [f.name for f in lp.FAMILIES.values() if f.conv])
+def test_models_take_every_convolution_by_name(conv):
+    from liplayers.models import lipconvnet
+
+    model = lipconvnet((1, 9, 6), 3, conv=conv, channels=4, stages=2, dense=1, width=8)
+    assert model(torch.rand(2, 1, 9, 6)).shape == (2, 3)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def test_training_writes_what_it_says(run):
+    assert {"best.ckpt", "last.ckpt"} == {p.name for p in (run / "checkpoints").iterdir()}
+    assert (run / "config.yaml").is_file()
+    assert list((run / "tensorboard").rglob("events*"))
+    header = next((run / "csv").rglob("metrics.csv")).open().readline()
+    for stage in ("train", "val"):
+        for metric in ("loss", "accuracy", "margin", "certified_0.1412", "certified_1"):
+            assert f"{stage}/{metric}" in header
+
+
+def test_checkpoint_holds_raw_parameters_and_plain_containers_only(ckpt):
+    content = torch.load(ckpt, weights_only=True)
+    assert {k for k in content["state_dict"] if "0.raw" in k or "0.gain" in k} == {
+        "model.body.0.raw",
+        "model.body.0.gain",
+    }
+    assert content["liplayers"]["input_shape"] == [1, 8, 8]
+
+
+def test_same_seed_same_weights_and_another_seed_others(tmp_path, ckpt):
+    train(tmp_path / "again")
+    train(tmp_path / "other", "seed=1")
+    weights = [
+        load_checkpoint(p).state_dict["body.0.raw"]
+        for p in (ckpt, tmp_path / "again/checkpoints/best.ckpt", tmp_path / "other/checkpoints/best.ckpt")
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
+    """With a schedule that does not know the length of the run, stopping and going on changes nothing."""
+    train(tmp_path / "whole", "schedule=constant", "trainer.max_epochs=4")
+    train(tmp_path / "parts", "schedule=constant")
+    last = tmp_path / "parts/checkpoints/last.ckpt"
+    result = command("train.py", f"resume={last}", "trainer.max_epochs=4", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    a, b = load_checkpoint(tmp_path / "whole/checkpoints/last.ckpt"), load_checkpoint(last)
+    assert a.epoch == b.epoch == 3
+    assert all(torch.equal(a.state_dict[k], b.state_dict[k]) for k in a.state_dict)
+
+
+def test_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path):
+    arguments = [f"output={tmp_path}/run", *SMALL, "trainer.max_epochs=100000"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    last, interrupted = (tmp_path / "run/checkpoints" / name for name in ("last.ckpt", "interrupted.ckpt"))
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in error
+    reached = load_checkpoint(interrupted).epoch
+    result = command("train.py", f"resume={interrupted}", f"trainer.max_epochs={reached + 2}", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert load_checkpoint(last).epoch == reached + 1
+
+
+def test_multirun_gives_each_job_its_folder(tmp_path):
+    result = command("train.py", "-m", "model.linear=aol,bro", f"output={tmp_path}/sweep", *SMALL, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for job, linear in enumerate(["aol", "bro"]):
+        checkpoint = load_checkpoint(tmp_path / f"sweep/{job}/checkpoints/best.ckpt")
+        assert checkpoint.config["model"]["linear"] == linear
+
+
+@pytest.mark.parametrize("loss", group("loss"))
+def test_every_loss_trains(loss, tmp_path):
+    metrics = train(tmp_path, f"loss={loss}", "trainer.max_epochs=4", "optimizer.lr=0.02")
+    assert metrics["val/accuracy"] > 0.5
+
+
+def test_epsilon_ramp(tmp_path):
+    train(tmp_path / "a", "loss=emma", "+epsilon_ramp.epsilon=0.5")
+    with pytest.raises(ConfigError, match="EpsilonRamp"):
+        train(tmp_path / "b", "+epsilon_ramp.epsilon=0.5")
+
+
+def test_training_without_validation_split_selects_on_train(tmp_path):
+    assert "best" in train(tmp_path, "data.val_fraction=0")
+
+
+@pytest.mark.parametrize("model", ["model=lipconvnet", "model=sllnet"])
+def test_convolutional_models_train_and_certify(model, tmp_path):
+    small = ["model.channels=4", "model.width=16", "trainer.limit_train_batches=2", *SMALL[2:]]
+    cli.train(compose("train", f"output={tmp_path}", model, *small))
+    (figures,) = certify(f"ckpt={tmp_path}/checkpoints/last.ckpt").values()
+    assert figures["samples"] == 359
+
+
+# --------------------------------------------------------------------------------------------------------- certifying
+
+
+def test_certify_writes_a_report_that_says_everything(ckpt, tmp_path):
+    (figures,) = certify(f"ckpt={ckpt}", f"output={tmp_path}", "eps=[0.1,36/255]").values()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["results"] == figures
+    assert [row["eps"] for row in figures["certified_accuracy"]] == ["0.1", "36/255"]
+    assert report["checkpoint"]["sha256"] == load_checkpoint(ckpt).sha256
+    assert report["lipschitz"]["layers"]["body.0"] == 1
+    rows = np.genfromtxt(tmp_path / "certificates.csv", delimiter=",", names=True)
+    right = rows["label"] == rows["prediction"]
+    assert right.mean() == pytest.approx(figures["clean_accuracy"])
+    assert (right & (rows["radius"] > 0.1)).mean() == pytest.approx(figures["certified_accuracy"][0]["accuracy"])
+    assert (tmp_path / "certified_accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_certify_twice_gives_the_same_numbers(ckpt, tmp_path):
+    texts = []
+    for name in ("a", "b"):
+        certify(f"ckpt={ckpt}", f"output={tmp_path / name}")
+        texts.append((tmp_path / name / "certificates.csv").read_text())
+    assert texts[0] == texts[1]
+
+
+def test_certify_goes_beside_the_run_by_default(ckpt, run):
+    certify(f"ckpt={ckpt}", "data.split=val")
+    assert (run / "certify-best-val" / "report.json").is_file()
+
+
+def test_compare(ckpt, tmp_path):
+    train(tmp_path / "second", "model.linear=aol")
+    result = certify(f"ckpt=[{ckpt},{tmp_path}/second/checkpoints/best.ckpt]", f"output={tmp_path}/both")
+    assert set(result) == {"first", "second"} == set(json.loads((tmp_path / "both/comparison.json").read_text()))
+    assert (tmp_path / "both/comparison.png").is_file()
+    assert (tmp_path / "both/second/certificates.csv").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_existing_run_is_not_written_over(run):
+    before = (run / "checkpoints/best.ckpt").read_bytes()
+    with pytest.raises(OutputError, match=r"resume=.*overwrite=true"):
+        train(run)
+    assert (run / "checkpoints/best.ckpt").read_bytes() == before
+
+
+class Code:
+    """Would leave a mark if it were unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def damaged(kind: str, ckpt: Path, folder: Path) -> Path:
+    path = folder / f"{kind}.ckpt"
+    if kind == "truncated":
+        path.write_bytes(ckpt.read_bytes()[:2000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("not a checkpoint")
+    elif kind == "foreign":
+        torch.save({"state_dict": {}}, path)
+    elif kind == "tensor":
+        torch.save(torch.zeros(3), path)
+    elif kind == "code":
+        torch.save({"state_dict": Code(folder / "mark")}, path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind in ("wrong weights", "no config", "other target", "hidden target"):
+        content = torch.load(ckpt, weights_only=True)
+        if kind == "wrong weights":
+            content["liplayers"]["config"]["model"]["width"] = 17
+        elif kind == "no config":
+            del content["liplayers"]["config"]
+        else:
+            target = "os.mkdir" if kind == "other target" else "liplayers.data.folder.hashlib.sha256"
+            content["liplayers"]["config"]["data"]["augment"] = [{"_target_": target, "path": str(folder / "mark")}]
+        torch.save(content, path)
+    return path
+
+
+KINDS = [
+    "missing", "truncated", "empty", "text", "foreign", "tensor", "code", "folder", "wrong weights", "no config",
+    "other target", "hidden target",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_checkpoints_are_named_and_run_no_code(kind, ckpt, tmp_path):
+    path = damaged(kind, ckpt, tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        certify(f"ckpt='{path}'", f"output={tmp_path}/out")
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "mark").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def npz_run(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("train", "test"):
+        np.savez(tmp_path / f"{name}.npz", images=rng.random((40, 1, 4, 4), np.float32), labels=np.arange(40) % 2)
+    train(tmp_path / "run", "data=npz", f"data.train={tmp_path}/train.npz", f"data.test={tmp_path}/test.npz")
+    return tmp_path / "run/checkpoints/last.ckpt"
+
+
+@pytest.mark.parametrize("change", ["nan", "inf", "above", "channels", "size", "classes"])
+def test_bad_data_is_named_and_leaves_the_report(change, tmp_path):
+    checkpoint = npz_run(tmp_path)
+    certify(f"ckpt={checkpoint}", f"output={tmp_path}/out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    images = np.random.default_rng(0).random((40, 1, 4, 4), np.float32)
+    labels = np.arange(40) % 2
+    if change in ("nan", "inf", "above"):
+        images[3, 0, 1, 2] = {"nan": np.nan, "inf": np.inf, "above": 1.25}[change]
+    elif change == "channels":
+        images = np.repeat(images, 3, 1)
+    elif change == "size":
+        images = images[:, :, :3]
+    else:
+        labels = np.arange(40) % 3
+    for name in ("train", "test"):
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=labels)
+    with pytest.raises(LipschitzError) as caught:
+        certify(f"ckpt={checkpoint}", f"output={tmp_path}/out")
+    assert "\n" not in str(caught.value)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["experiment=digitss"], "did you mean digits"),
+        (["model=lipconvnett"], "did you mean lipconvnet"),
+        (["loss=ema"], "did you mean emma"),
+        (["model.widht=3"], "did you mean model.width"),
+        (["model.linear=cayly"], "did you mean cayley"),
+        (["model.activation=maxmim"], "did you mean maxmin"),
+        (["model.width=-3"], "width=-3"),
+        (["eps=[-0.5]"], "eps=-0.5"),
+        (["eps=[half]"], "eps='half'"),
+        (["data=mnist", "data.root=nowhere"], "nowhere"),
+        (["data=folder"], "data.root"),
+        (["optimizer.lr=fast"], "optimizer"),
+        (["seed=x"], "seed='x'"),
+        (["trainer.max_epochs=many"], "trainer.max_epochs='many'"),
+        (["resume=gone.ckpt"], "gone.ckpt"),
+        (["eps=[1"], "error:"),
+        (["output=/proc/nowhere"], "output="),
+    ],
+)
+def test_bad_training_commands_say_one_line(arguments, said, tmp_path):
+    result = command("train.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "ckpt"),
+        (["eps=[-1]"], "eps=-1"),
+        (["eps=[x]"], "eps='x'"),
+        (["data.split=tets"], "did you mean test"),
+        (["device=tpu"], "device"),
+        (["ckpt=gone.ckpt"], "gone.ckpt"),
+        (["ckpts=gone.ckpt"], "did you mean ckpt"),
+    ],
+)
+def test_bad_certify_commands_say_one_line(arguments, said, ckpt, tmp_path):
+    if arguments and not arguments[0].startswith("ckpt"):
+        arguments = [f"ckpt={ckpt}", *arguments]
+    result = command("certify.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_certify_wrong_image_size_names_both(ckpt, tmp_path):
+    content = torch.load(ckpt, weights_only=True)
+    content["liplayers"]["input_shape"] = [1, 4, 16]
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(ShapeError, match=r"\(1, 8, 8\).*\(1, 4, 16\)"):
+        certify(f"ckpt={tmp_path}/x.ckpt")
