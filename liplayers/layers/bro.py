@@ -47,7 +47,9 @@ def _reset(module: LipschitzLinear | FourierConv2d, square: bool) -> None:
         if square:
             raw.mul_(NOISE)
             # the centre tap, as an n × r view: its diagonal becomes that of the identity
-            tap = raw[(..., *((k - 1) // 2 for k in raw.shape[2:]))]
+            tap = raw.data
+            for k in raw.shape[:1:-1]:
+                tap = tap[..., (k - 1) // 2]
             tap.diagonal().add_(1)
         if module.bias is not None:
             module.bias.zero_()

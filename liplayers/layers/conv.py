@@ -235,7 +235,7 @@ class FourierConv2d(LipschitzConv2d):
         return self.in_channels * sh * sw, math.ceil(kh / sh), math.ceil(kw / sw)
 
     map_transfer: Callable[..., Any]
-    """(transfer matrices of the raw kernel, (H, W//2 + 1, ·, ·), *other raw parameters) → what `apply_transfer` needs."""
+    """(transfer matrices of the raw kernel, (H, W//2 + 1, ·, ·), *other raw parameters) → W(ω) for `apply_transfer`."""
 
     def apply_transfer(self, weight: Any, X: Tensor) -> Tensor:
         """Multiply a spectrum (H, W//2 + 1, in, B) by the layer's map; the result has out_channels channels."""

@@ -1,4 +1,4 @@
-"""Pooling without overlap and resampling, each 1-Lipschitz; `torch.nn.PixelUnshuffle` and `nn.MaxPool2d` are known too."""
+"""Pooling without overlap and resampling, each 1-Lipschitz. `lipschitz_bound` knows torch's own pooling too."""
 
 from __future__ import annotations
 

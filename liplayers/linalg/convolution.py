@@ -1,8 +1,8 @@
 """Explicit convolution kernels: polyphase form, autocorrelation, and proven norm bounds.
 
-A kernel is (groups, out, in, kh, kw); out and in count the channels of one group. Each bound holds for every image size, for zero
-padding of any width, and for circular padding whose output is no larger than its input; these maps are compressions
-of the convolution on the infinite grid, whose norm is the supremum of ‖K̂(ω)‖ over all frequencies.
+A kernel is (groups, out, in, kh, kw); out and in count the channels of one group. Each bound holds for every image
+size, for zero padding of any width, and for circular padding whose output is no larger than its input; these maps are
+compressions of the convolution on the infinite grid, whose norm is the supremum of ‖K̂(ω)‖ over all frequencies.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def conv_norm_bound(
 
 
 def orthogonal_taps_(weight: Tensor, stride: tuple[int, int], groups: int = 1) -> Tensor:
-    """Fill a kernel (out, in/groups, kh, kw) with one orthogonal block of min(k, s) taps at its centre, zeros elsewhere.
+    """Fill a kernel (out, in/groups, kh, kw) with an orthogonal block of min(k, s) taps at its centre, else zeros.
 
     The convolution is then an isometry (or the adjoint of one) of pixel-unshuffled images: signals neither grow nor
     vanish through deep stacks.
