@@ -387,26 +387,30 @@ def certify_command() -> None:
 
 def _run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """Run a task under hydra; an error that we or the user's config caused is one line and exit status 2."""
-    traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes hydra raise, so that the message is ours
+    asked = os.environ.get("HYDRA_FULL_ERROR")
 
     def guarded(cfg: DictConfig) -> Any:
         # inside hydra: it would print a heading of its own for exceptions, but lets SystemExit through
         try:
             return task(cfg)
         except (LipschitzError, OmegaConfBaseException) as error:
-            if traceback:
+            if asked == "1":
                 raise
             _fail(error)
 
     guarded.__name__ = config_name
     decorate = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes hydra raise, so that the message is ours
     try:
         decorate(guarded)()
     except (HydraException, OmegaConfBaseException, OSError) as error:
-        if traceback:
+        if asked == "1":
             raise
         _fail(_config_error(error, config_name))
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if asked is not None:
+            os.environ["HYDRA_FULL_ERROR"] = asked
 
 
 def _fail(error: BaseException) -> None:

@@ -43,6 +43,19 @@ def certify(*overrides: str) -> dict:
     return cli.certify(compose("certify", *overrides))
 
 
+def failing(monkeypatch, capsys, script: str, arguments: list[str], cwd: Path) -> str:
+    """The one line that a bad command says; the command runs in this process."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as caught:
+        (cli.train_command if script == "train.py" else cli.certify_command)()
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert not list(cwd.iterdir())
+    return line
+
+
 def command(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, ROOT / script, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
@@ -352,13 +365,8 @@ def test_bad_data_is_named_and_leaves_the_report(change, tmp_path):
         (["output=/proc/nowhere"], "output="),
     ],
 )
-def test_bad_training_commands_say_one_line(arguments, said, tmp_path):
-    result = command("train.py", *arguments, cwd=tmp_path)
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert said in line
-    assert not list(tmp_path.iterdir())
+def test_bad_training_commands_say_one_line(arguments, said, tmp_path, monkeypatch, capsys):
+    assert said in failing(monkeypatch, capsys, "train.py", arguments, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -373,15 +381,20 @@ def test_bad_training_commands_say_one_line(arguments, said, tmp_path):
         (["ckpts=gone.ckpt"], "did you mean ckpt"),
     ],
 )
-def test_bad_certify_commands_say_one_line(arguments, said, ckpt, tmp_path):
+def test_bad_certify_commands_say_one_line(arguments, said, ckpt, tmp_path, monkeypatch, capsys):
     if arguments and not arguments[0].startswith("ckpt"):
         arguments = [f"ckpt={ckpt}", *arguments]
-    result = command("certify.py", *arguments, cwd=tmp_path)
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert said in line
-    assert not list(tmp_path.iterdir())
+    assert said in failing(monkeypatch, capsys, "certify.py", arguments, tmp_path)
+
+
+def test_the_scripts_themselves(ckpt, tmp_path):
+    result = command("certify.py", f"ckpt={ckpt}", f"output={tmp_path}/out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "clean" in result.stdout
+    assert f"{tmp_path}/out/report.json" in result.stdout
+    result = command("train.py", "model=mpl", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: unknown model config 'mpl': did you mean mlp?\n"
 
 
 def test_certify_wrong_image_size_names_both(ckpt, tmp_path):
