@@ -79,15 +79,17 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         )
     entry, state = content[KEY], content["state_dict"]
     try:
+        if not all(isinstance(entry["config"][key], dict) for key in ("model", "data")):
+            raise TypeError("config")
         return Checkpoint(
             path=path,
             sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-            version=entry["version"],
+            version=str(entry["version"]),
             config=entry["config"],
-            input_shape=tuple(entry["input_shape"]),
-            class_names=tuple(entry["class_names"]),
-            epoch=content.get("epoch", -1),
+            input_shape=tuple(int(n) for n in entry["input_shape"]),
+            class_names=tuple(str(name) for name in entry["class_names"]),
+            epoch=int(content.get("epoch", -1)),
             state_dict={k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)},
         )
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its entry {KEY!r} is incomplete ({error}); train again") from None

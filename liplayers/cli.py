@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
@@ -32,12 +32,16 @@ from liplayers.certification import Certificates, parse_radius
 from liplayers.certification import certify as certify_model
 from liplayers.certification import report as reports
 from liplayers.checkpoint import Checkpoint, load_checkpoint
-from liplayers.errors import CheckpointError, ConfigError, LipschitzError, OutputError, UnknownNameError
-from liplayers.training import CertifiedClassifier, EpsilonRamp, ProgressBar, SaveWhenInterrupted, Throughput
+from liplayers.errors import ArgumentError, CheckpointError, ConfigError, LipschitzError, OutputError, UnknownNameError
+from liplayers.training import CertifiedClassifier, ProgressBar, SaveWhenInterrupted, Throughput
 from liplayers.training.module import certified_name
 
-GROUPS = ("model", "data", "loss", "optimizer", "schedule", "trainer", "experiment")
-OWN_CODE = ("liplayers.models", "liplayers.data")  # what a checkpoint's config may build
+PARTS = ("model", "data", "loss", "optimizer", "schedule", "trainer")
+GROUPS = (*PARTS, "experiment")
+# the packages whose public names a checkpoint's config may call
+TRUSTED = ("liplayers.models", "liplayers.data", "liplayers.losses", "liplayers.training", "torch.optim", "lightning")
+
+NOT_FOR_CERTIFYING: dict[str, Any] = {"download": False, "cache": None, "augment": []}
 
 console = Console()
 
@@ -65,11 +69,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
         output = Path(HydraConfig.get().runtime.output_dir)  # one folder for each job
     if cfg.resume is not None:
         cfg = _resumed(cfg, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
-    eps = [parse_radius(e) for e in cfg.eps]
-    select = parse_radius(cfg.select_eps)
-    eps = [select, *(e for e in eps if e != select)]
+    select, eps = _training_radii(cfg)
     if cfg.threads is not None:
-        torch.set_num_threads(_integer("threads", cfg.threads))
+        torch.set_num_threads(_integer("threads", cfg.threads, least=1))
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for noise in (".*LeafSpec.*", ".*exists and is not empty.*"):  # not the user's to mend, and said by us already
@@ -88,7 +90,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         eps=eps,
         config=_plain(cfg),
     )
-    _integer("trainer.max_epochs", cfg.trainer.max_epochs)
+    if _integer("trainer.max_epochs", cfg.trainer.max_epochs) < 1 and cfg.trainer.max_steps < 1:
+        raise ConfigError(f"trainer.max_epochs={cfg.trainer.max_epochs}: expected at least 1, or trainer.max_steps")
     _try_optimizer(module)
     stage = "val" if data.val_fraction else "train"  # without a validation split the training samples select
     monitor = f"{stage}/{certified_name(select)}"
@@ -100,7 +103,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         shown = {"images/s": "images/s", "val/accuracy": "clean", f"val/{certified_name(select)}": f"ε={select:.3g}"}
         callbacks.append(ProgressBar(shown))
     if cfg.epsilon_ramp is not None:
-        callbacks.append(EpsilonRamp(**_plain(cfg.epsilon_ramp)))
+        callbacks.append(_build(cfg.epsilon_ramp, _target_="liplayers.training.EpsilonRamp"))
     trainer = _build(
         cfg.trainer,
         default_root_dir=str(output),
@@ -132,7 +135,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 def _resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """The config of the checkpoint to resume, with the single values that were overridden on the command line."""
-    config = OmegaConf.create(load_checkpoint(cfg.resume).config)
+    checkpoint = load_checkpoint(cfg.resume)
+    _check_config(checkpoint, checkpoint.config, cfg.allow)
+    config = OmegaConf.create(checkpoint.config)
+    config.resume, config.output = cfg.resume, cfg.output
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.key_or_group
         if key in GROUPS:
@@ -157,10 +163,60 @@ def _build(node: DictConfig, **arguments: Any) -> Any:
         raise ConfigError(f"{node.get('_target_')}: {_one_line(error.__cause__ or error)}") from None
 
 
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name}={value!r}: expected an integer")
+def _integer(name: str, value: Any, least: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        raise ConfigError(f"{name}={value!r}: expected an integer{'' if least is None else f' of at least {least}'}")
     return value
+
+
+def _radii(name: str, value: Any) -> list[float | str]:
+    """A list of radii as given, each checked; a single one counts as a list."""
+    radii = list(value) if isinstance(value, (list, ListConfig)) else [value]
+    for radius in radii:
+        try:
+            parse_radius(radius)
+        except ArgumentError as error:
+            raise ArgumentError(f"{name}: {error}") from None
+    return radii
+
+
+def _training_radii(cfg: DictConfig) -> tuple[float, list[float]]:
+    """The radius that selects, and all radii to log, that one first; two that would share a name are refused."""
+    (select,) = map(parse_radius, _radii("select_eps", cfg.select_eps))
+    eps = dict.fromkeys([select, *map(parse_radius, _radii("eps", cfg.eps))])
+    names = [certified_name(e) for e in eps]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"eps={cfg.eps}, select_eps={cfg.select_eps}: two radii agree to six digits; drop one")
+    return select, list(eps)
+
+
+def _check_config(checkpoint: Checkpoint, node: Any, allow: Any) -> None:
+    """A checkpoint must not choose what code runs: numbers, strings, lists, dicts, and targets that are known."""
+    packages = [allow] if isinstance(allow, str) else list(allow)
+    if isinstance(node, dict):
+        if "_target_" in node:
+            _check_target(checkpoint, str(node["_target_"]), packages)
+        for value in node.values():
+            _check_config(checkpoint, value, packages)
+    elif isinstance(node, list):
+        for value in node:
+            _check_config(checkpoint, value, packages)
+    elif not isinstance(node, (str, int, float, bool, type(None))) or (isinstance(node, str) and "${" in node):
+        raise CheckpointError(f"{checkpoint.path}: its config holds {node!r:.80}; expected plain numbers and strings")
+
+
+def _check_target(checkpoint: Checkpoint, target: str, packages: Sequence[str]) -> None:
+    if target.split(".")[0] in packages:
+        return
+    module, _, name = target.rpartition(".")
+    if module in TRUSTED:
+        found = getattr(importlib.import_module(module), name, None)
+        if callable(found) and getattr(found, "__module__", "").startswith(module):
+            return
+    raise CheckpointError(
+        f"{checkpoint.path}: its config calls {target!r}, which is no part of liplayers; "
+        f"if you trust the file, pass allow=[{target.split('.')[0]}]"
+    )
 
 
 def _try_optimizer(module: CertifiedClassifier) -> None:
@@ -205,14 +261,12 @@ def certify(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         LipschitzError: a subclass for each cause, with a message of one line.
     """
-    paths = [cfg.ckpt] if isinstance(cfg.ckpt, str) else list(cfg.ckpt)
-    if not paths:
-        raise ConfigError("ckpt=[]: expected a checkpoint or a list of them")
-    if cfg.eps is not None:
-        [parse_radius(e) for e in cfg.eps]  # before any work
+    paths = list(cfg.ckpt) if isinstance(cfg.ckpt, ListConfig) else [cfg.ckpt]
+    if not paths or not all(isinstance(path, str) for path in paths):
+        raise ConfigError(f"ckpt={cfg.ckpt}: expected a checkpoint or a list of them")
     device = _device(cfg.device)
     checkpoints = dict(zip(_names(paths), map(load_checkpoint, paths), strict=True))
-    eps = list(cfg.eps if cfg.eps is not None else next(iter(checkpoints.values())).config["eps"])
+    eps = _radii("eps", cfg.eps if cfg.eps is not None else next(iter(checkpoints.values())).config.get("eps", []))
     single = len(checkpoints) == 1
     output = Path(cfg.output) if cfg.output is not None else _default_output(list(checkpoints.values()), cfg.data.split)
 
@@ -248,8 +302,8 @@ def certify(cfg: DictConfig) -> dict[str, Any]:
 def _certify_one(
     checkpoint: Checkpoint, cfg: DictConfig, eps: list[float | str], device: torch.device
 ) -> tuple[Certificates, dict[str, Any]]:
+    _check_config(checkpoint, checkpoint.config, cfg.allow)
     data_config = _data_config(checkpoint, cfg)
-    _check_targets(checkpoint, {"model": checkpoint.config["model"], "data": data_config}, cfg.allow)
     data = _build(OmegaConf.create(data_config))
     data.setup()
     split = data.split(cfg.data.split)
@@ -275,12 +329,12 @@ def _certify_one(
     if certificates.not_finite:
         console.print(f"warning: {certificates.not_finite} samples have NaN or infinite logits; they certify nothing")
     report = {
-        "liplayers": checkpoint.version,
         "assumptions": reports.ASSUMPTIONS,
         "checkpoint": {
             "path": str(checkpoint.path),
             "sha256": checkpoint.sha256,
             "epoch": checkpoint.epoch,
+            "liplayers": checkpoint.version,
             "config": checkpoint.config,
         },
         "data": {
@@ -303,8 +357,9 @@ def _certify_one(
 
 
 def _data_config(checkpoint: Checkpoint, cfg: DictConfig) -> dict[str, Any]:
-    """The data config of the checkpoint with what the command line changes."""
+    """The data config of the checkpoint with what the command line changes; by itself it must not write files."""
     config = dict(checkpoint.config["data"])
+    config.update({key: value for key, value in NOT_FOR_CERTIFYING.items() if key in config})
     for key, value in _plain(cfg.data).items():
         if key == "split" or value is None:
             continue
@@ -312,32 +367,6 @@ def _data_config(checkpoint: Checkpoint, cfg: DictConfig) -> dict[str, Any]:
             raise UnknownNameError.of(f"data setting of {checkpoint.path}", key, config)
         config[key] = value
     return config
-
-
-def _targets(node: Any) -> Iterator[str]:
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield node["_target_"]
-        node = list(node.values())
-    if isinstance(node, list):
-        for item in node:
-            yield from _targets(item)
-
-
-def _check_targets(checkpoint: Checkpoint, config: dict[str, Any], allow: Sequence[str]) -> None:
-    """A checkpoint must not choose what code runs: only models and data of ours, and of packages the user allows."""
-    for target in _targets(config):
-        module, _, name = str(target).rpartition(".")
-        if module in OWN_CODE:
-            found = getattr(importlib.import_module(module), name, None)
-            if callable(found) and found.__module__.startswith(OWN_CODE):
-                continue
-        if str(target).split(".")[0] in allow:
-            continue
-        raise CheckpointError(
-            f"{checkpoint.path}: its config calls {target!r}, which is not a model or data set of liplayers; "
-            f"if you trust the file, pass allow=[{str(target).split('.')[0]}]"
-        )
 
 
 def _device(name: str) -> torch.device:

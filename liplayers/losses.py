@@ -118,7 +118,7 @@ class OffsetCrossEntropy(nn.Module):
 class EMMA(MarginLoss):
     """`emma` as a module; forward(logits, target, margin_lipschitz). `epsilon` may be changed during training."""
 
-    def __init__(self, epsilon: float = 108 / 255) -> None:
+    def __init__(self, epsilon: float) -> None:
         super().__init__()
         self.epsilon = _number(self, "epsilon", epsilon, above=0)
 

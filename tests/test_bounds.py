@@ -240,3 +240,176 @@ def test_without_a_linear_head_the_whole_bound_counts():
     split = lp.split_head(nn.Sequential(lp.AOLLinear(4, 3), lp.Scale(2.0)), (4,))
     assert split.head is None
     assert split.margin_lipschitz(3)[0, 1].item() == pytest.approx(2 * math.sqrt(2))
+
+
+def foreign(body, **children) -> nn.Module:
+    """A custom module with the given forward, children and buffers."""
+    module = type("Foreign", (nn.Module,), {"forward": body})()
+    for name, child in children.items():
+        if isinstance(child, torch.Tensor):
+            module.register_buffer(name, child)
+        else:
+            setattr(module, name, child)
+    return module
+
+
+BROADCASTS = {
+    "slice": ((16,), foreign(lambda self, x: x[:, :1] + x)),
+    "outer sum": ((8,), foreign(lambda self, x: x[:, None] + x[:, :, None])),
+    "onto a buffer": ((16,), foreign(lambda self, x: x[:, :1] + self.b, b=torch.ones(1, 16))),
+    "average back": ((2, 4, 4), foreign(lambda self, x: x + self.p(x), p=nn.AdaptiveAvgPool2d(1))),
+    "maximum back": ((2, 4, 4), foreign(lambda self, x: self.p(x) - x, p=nn.MaxPool2d(4))),
+    "no broadcast": ((5,), foreign(lambda self, x: x + self.b - 2 * x, b=torch.ones(1, 5))),
+}
+
+
+@pytest.mark.parametrize("name", BROADCASTS)
+def test_sums_count_what_broadcasting_repeats(name):
+    shape, module = BROADCASTS[name]
+    assert lp.lipschitz_bound(module, shape) * (1 + 1e-9) >= jacobian_norm(module, shape)
+    with pytest.raises(UnknownBoundError, match="pass input_shape"):
+        lp.lipschitz_bound(module)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        lp.Residual(lp.AOLLinear(16, 1)),
+        lp.Residual(nn.MaxPool2d(4)),
+        lp.Normalize([0.5] * 3, [1.0] * 3),
+    ],
+)
+def test_modules_that_would_broadcast_refuse(module):
+    shape = (16,) if "Linear" in repr(module) else (1, 4, 4)
+    with pytest.raises(ShapeError):
+        module(torch.zeros(2, *shape))
+
+
+def hooked(module: nn.Module, kind: str) -> nn.Module:
+    if kind == "forward hook":
+        module.register_forward_hook(lambda m, args, out: 10 * out)
+    elif kind == "pre-hook":
+        module.register_forward_pre_hook(lambda m, args: 10 * args[0])
+    else:
+        module.forward = lambda x: 10 * x
+    return module
+
+
+@pytest.mark.parametrize("kind", ["forward hook", "pre-hook", "replaced"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(4, 4),
+        lambda: lp.AOLLinear(4, 4),
+        lambda: nn.Sequential(nn.ReLU()),
+        lambda: lp.Residual(nn.ReLU()),
+        lambda: foreign(lambda self, x: x),
+    ],
+)
+def test_changed_modules_are_refused(kind, make):
+    for model in (
+        hooked(make(), kind),
+        nn.Sequential(hooked(make(), kind)),
+        foreign(lambda self, x: self.m(x), m=hooked(make(), kind)),
+    ):
+        with pytest.raises(UnknownBoundError, match="hook"):
+            lp.lipschitz_bound(model, (4,))
+        with pytest.raises(UnknownBoundError, match="hook"):
+            lp.split_head(model, (4,))
+
+
+def test_weight_norm_of_the_old_kind_is_refused():
+    with pytest.raises(UnknownBoundError):
+        lp.lipschitz_bound(nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 3))))
+
+
+class Louder(lp.MaxMin):
+    def forward(self, x):
+        return 10 * super().forward(x)
+
+
+class PlainSum(lp.Residual):
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+class Warmer(lp.NormalizedLinear):
+    def forward(self, x):
+        return 10 * super().forward(x)
+
+
+def test_subclasses_do_not_inherit_a_bound_for_another_forward():
+    assert lp.lipschitz_bound(PlainSum(nn.ReLU()), (4,)) == 2  # traced
+    for module in (Louder(), Warmer(4, 3)):
+        with pytest.raises(UnknownBoundError):
+            lp.lipschitz_bound(module, (4,))
+        with pytest.raises(UnknownBoundError):
+            lp.split_head(module, (4,))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda self, x: torch.div(x, 2.0, rounding_mode="floor"),
+        lambda self, x: torch.add(x, x, out=0.1 * x),
+        lambda self, x: torch.add(x, x, alpha=3),
+        lambda self, x: x / 0,
+        lambda self, x: x[:1] + x,
+        lambda self, x: x.view(-1),
+        lambda self, x: self.g(x, gain=10.0),
+    ],
+)
+def test_arguments_that_change_the_effect_are_refused(body):
+    gain = type(
+        "Gain", (lp.Scale,), {"forward": lambda self, x, gain=1.0: gain * x, "lipschitz_bound": lambda self: 1.0}
+    )
+    with pytest.raises(UnknownBoundError):
+        lp.lipschitz_bound(foreign(body, g=gain(1.0)), (4,))
+
+
+def test_autocast_inside_a_forward_is_refused():
+    def body(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.m(x)
+
+    with pytest.raises(UnknownBoundError, match="autocast"):
+        lp.lipschitz_bound(foreign(body, m=nn.Linear(3, 3)), (3,))
+
+
+def test_tracing_leaves_no_trace():
+    def body(self, x):
+        self.kept = x
+        return x
+
+    module = foreign(body)
+    lp.lipschitz_bound(module, (3,))
+    assert not isinstance(getattr(module, "kept", None), torch.fx.Proxy)
+
+
+def test_margin_constants_are_exact_enough_and_never_below():
+    plain = lp.split_head(nn.Identity(), (2,)).margin_lipschitz(2)
+    assert plain[0, 1].item() == pytest.approx(math.sqrt(2), rel=1e-15)
+    torch.manual_seed(0)
+    head = nn.Linear(64, 10).bfloat16()
+    W = head.weight.double()
+    truth = (W[:, None] - W[None]).norm(dim=-1)
+    assert torch.allclose(lp.split_head(head).margin_lipschitz(10), truth, rtol=1e-12)
+    with pytest.raises(ShapeError, match="10 rows"):
+        lp.split_head(head).margin_lipschitz(9)
+
+
+def test_tiny_row_differences_do_not_vanish():
+    head = nn.Linear(2, 2).double()
+    head.weight.data = torch.tensor([[1e-170, 0.0], [0.0, 1e-170]], dtype=torch.float64)
+    assert lp.split_head(head).margin_lipschitz(2)[0, 1].item() == pytest.approx(math.sqrt(2) * 1e-170)
+
+
+@pytest.mark.parametrize("std", [-1.0, 0.0])
+def test_damaged_normalisation_never_certifies_more(std):
+    model = nn.Sequential(lp.Normalize([0.0], [0.5]))
+    model[0].std.fill_(std)
+    if std:
+        assert lp.lipschitz_bound(model, (1, 2, 2)) == 1
+    else:
+        with pytest.raises(NonFiniteError):
+            lp.lipschitz_bound(model, (1, 2, 2))

@@ -48,6 +48,11 @@ def test_constant_difference():
     assert certified_radius(torch.tensor([[1.0, 1.0]]), zero).item() == 0
 
 
+@pytest.mark.parametrize("constant", [math.nan, -1.0])
+def test_constants_that_prove_nothing_give_no_radius(constant):
+    assert certified_radius(torch.tensor([[1.0, 0.0]]), torch.full((2, 2), constant)).item() == 0
+
+
 @pytest.mark.parametrize("shapes", [((3, 1), (1, 1)), ((3, 4), (3, 3)), ((4,), (4, 4))])
 def test_shapes_are_checked(shapes):
     with pytest.raises(ShapeError):
@@ -79,7 +84,7 @@ def test_parsed_radius_is_never_below_the_quotient(a, b):
     assert Fraction(a, b) <= parsed <= Fraction(a, b) * (1 + Fraction(1, 2**51))
 
 
-@pytest.mark.parametrize("bad", [-1, "-1/2", "abc", math.nan, math.inf, "1/0", True, None, ""])
+@pytest.mark.parametrize("bad", [-1, "-1/2", "abc", math.nan, math.inf, "1/0", True, None, "", "1e400", "1e999999999"])
 def test_bad_radii_are_named(bad):
     with pytest.raises(ArgumentError, match="eps="):
         parse_radius(bad)
@@ -134,12 +139,25 @@ def test_bad_pixels_are_named(value, shown):
         certify(model(), [(images, labels)], input_shape=(1, 2, 2), num_classes=3)
 
 
+def test_non_finite_logits_are_not_right():
+    net = nn.Linear(2, 3).double()
+    net.weight.data = torch.tensor([[1e308, 1e308], [0.0, 0.0], [0.0, 0.0]], dtype=F64)
+    net.bias.data.zero_()
+    images, labels = torch.tensor([[1.0, 1.0], [0.1, 0.1]]), torch.zeros(2, dtype=torch.long)  # the first overflows
+    certificates, _ = certify(net, [(images, labels)], input_shape=(2,), num_classes=3)
+    assert certificates.prediction.tolist() == [-1, 0]
+    assert (certificates.not_finite, certificates.clean_accuracy) == (1, 0.5)
+    assert certificates.radius[0] == 0
+
+
 def test_wrong_shapes_and_empty_sets():
     images, labels = batch()
     with pytest.raises(ShapeError, match="trained on"):
         certify(model(), [(images.repeat(1, 3, 1, 1), labels)], input_shape=(1, 2, 2), num_classes=3)
-    with pytest.raises(ShapeError, match="logits"):
+    with pytest.raises(ShapeError, match="num_classes is 4"):
         certify(model(), [(images, labels)], input_shape=(1, 2, 2), num_classes=4)
+    with pytest.raises(ShapeError, match="two classes"):
+        certify(model(), [(images, labels)], input_shape=(1, 2, 2), num_classes=1)
     with pytest.raises(DataError, match="empty"):
         certify(model(), [], input_shape=(1, 2, 2), num_classes=3)
 

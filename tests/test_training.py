@@ -121,7 +121,7 @@ def test_training_writes_what_it_says(run):
     assert list((run / "tensorboard").rglob("events*"))
     header = next((run / "csv").rglob("metrics.csv")).open().readline()
     for stage in ("train", "val"):
-        for metric in ("loss", "accuracy", "margin", "certified_0.1412", "certified_1"):
+        for metric in ("loss", "accuracy", "margin", "certified_0.141176", "certified_1"):
             assert f"{stage}/{metric}" in header
 
 
@@ -157,6 +157,16 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
     assert all(torch.equal(a.state_dict[k], b.state_dict[k]) for k in a.state_dict)
 
 
+def test_resume_from_python_goes_on(tmp_path):
+    train(tmp_path / "run")
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    content = torch.load(last, weights_only=True)
+    content["liplayers"]["config"]["trainer"]["max_epochs"] = 3
+    torch.save(content, last)
+    cli.train(compose("train", f"output={tmp_path}/run", f"resume={last}"))
+    assert load_checkpoint(last).epoch == 2
+
+
 def test_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path):
     arguments = [f"output={tmp_path}/run", *SMALL, "trainer.max_epochs=100000"]
     process = subprocess.Popen(
@@ -188,6 +198,28 @@ def test_multirun_gives_each_job_its_folder(tmp_path):
 def test_every_loss_trains(loss, tmp_path):
     metrics = train(tmp_path, f"loss={loss}", "trainer.max_epochs=4", "optimizer.lr=0.02")
     assert metrics["val/accuracy"] > 0.5
+
+
+def test_bound_below_the_head_is_current_in_every_step():
+    """A body of plain layers moves its bound with every step; EMMA must not divide by an old one."""
+    from liplayers.losses import EMMA
+    from liplayers.training import CertifiedClassifier, constant
+
+    torch.manual_seed(0)
+    module = CertifiedClassifier(
+        torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3)),
+        EMMA(0.5),
+        optimizer=torch.optim.SGD,
+        schedule=constant,
+        input_shape=(4,),
+        class_names="abc",
+        eps=[0.1],
+        config={},
+    )
+    module.log = lambda *args, **kwargs: None
+    module.model[0].weight.data *= 3
+    module.training_step((torch.rand(2, 4), torch.tensor([0, 1])), 0)
+    assert module.split[0].body_bound == lp.lipschitz_bound(module.model[0])
 
 
 def test_epsilon_ramp(tmp_path):
@@ -233,6 +265,20 @@ def test_certify_twice_gives_the_same_numbers(ckpt, tmp_path):
     assert texts[0] == texts[1]
 
 
+def test_one_radius_is_a_list_of_one(ckpt, tmp_path):
+    (figures,) = certify(f"ckpt={ckpt}", f"output={tmp_path}", "eps=0.25").values()
+    assert [row["radius"] for row in figures["certified_accuracy"]] == [0.25]
+
+
+def test_certifying_writes_nothing_that_only_the_checkpoint_asks_for(ckpt, tmp_path):
+    from liplayers.cli import _data_config
+
+    checkpoint = load_checkpoint(ckpt)
+    checkpoint.config["data"].update(download=True, cache=str(tmp_path), augment=[1])
+    config = _data_config(checkpoint, compose("certify", f"ckpt={ckpt}"))
+    assert (config["download"], config["cache"], config["augment"]) == (False, None, [])
+
+
 def test_certify_goes_beside_the_run_by_default(ckpt, run):
     certify(f"ckpt={ckpt}", "data.split=val")
     assert (run / "certify-best-val" / "report.json").is_file()
@@ -266,6 +312,47 @@ class Code:
         return (os.mkdir, (str(self.path),))
 
 
+def target(name: str, place: str = "augment"):
+    """A change that makes the config of the data call `name` on a path."""
+
+    def change(content: dict, mark: Path) -> None:
+        node = {"_target_": name, "path": str(mark), "fname": str(mark), "X": [1.0]}
+        config = content["liplayers"]["config"]
+        if place == "augment":
+            config["data"]["augment"] = [node]
+        elif place == "tuple":
+            config["model"]["activation"] = (node,)
+        elif place == "interpolation":
+            config["model"]["activation"] = f"${{oc.create:{{_target_: {name}, fname: {mark}, X: [1.0]}}}}"
+        else:
+            config[place] = node
+
+    return change
+
+
+def entry(key: str, value: object):
+    def change(content: dict, mark: Path) -> None:
+        content["liplayers"][key] = value
+
+    return change
+
+
+CHANGES = {
+    "wrong weights": lambda content, mark: content["liplayers"]["config"]["model"].update(width=17),
+    "no config": lambda content, mark: content["liplayers"].pop("config"),
+    "config a list": entry("config", [1]),
+    "config empty": entry("config", {}),
+    "shape a number": entry("input_shape", 3),
+    "state a list": lambda content, mark: content.update(state_dict=[1]),
+    "other target": target("numpy.savetxt"),
+    "target in a tuple": target("numpy.savetxt", "tuple"),
+    "target by interpolation": target("numpy.savetxt", "interpolation"),
+    "hidden target": target("liplayers.data.folder.hashlib.sha256"),
+    "foreign name in our module": target("liplayers.data.base.inspect"),
+    "target of a loss": target("numpy.savetxt", "loss"),
+}
+
+
 def damaged(kind: str, ckpt: Path, folder: Path) -> Path:
     path = folder / f"{kind}.ckpt"
     if kind == "truncated":
@@ -282,23 +369,23 @@ def damaged(kind: str, ckpt: Path, folder: Path) -> Path:
         torch.save({"state_dict": Code(folder / "mark")}, path)
     elif kind == "folder":
         path.mkdir()
-    elif kind in ("wrong weights", "no config", "other target", "hidden target"):
+    elif kind in CHANGES:
         content = torch.load(ckpt, weights_only=True)
-        if kind == "wrong weights":
-            content["liplayers"]["config"]["model"]["width"] = 17
-        elif kind == "no config":
-            del content["liplayers"]["config"]
-        else:
-            target = "os.mkdir" if kind == "other target" else "liplayers.data.folder.hashlib.sha256"
-            content["liplayers"]["config"]["data"]["augment"] = [{"_target_": target, "path": str(folder / "mark")}]
+        CHANGES[kind](content, folder / "mark")
         torch.save(content, path)
     return path
 
 
-KINDS = [
-    "missing", "truncated", "empty", "text", "foreign", "tensor", "code", "folder", "wrong weights", "no config",
-    "other target", "hidden target",
-]  # fmt: skip
+KINDS = ["missing", "truncated", "empty", "text", "foreign", "tensor", "code", "folder", *CHANGES]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "wrong weights"])
+def test_bad_checkpoints_do_not_resume_and_run_no_code(kind, ckpt, tmp_path):
+    path = damaged(kind, ckpt, tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        cli.train(compose("train", f"resume='{path}'", f"output={tmp_path}/out"))
+    assert str(path) in str(caught.value)
+    assert not (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -357,6 +444,11 @@ def test_bad_data_is_named_and_leaves_the_report(change, tmp_path):
         (["eps=[half]"], "eps='half'"),
         (["data=mnist", "data.root=nowhere"], "nowhere"),
         (["data=folder"], "data.root"),
+        (["eps=null"], "eps=None"),
+        (["eps=[0.1412,0.14120000001]"], "six digits"),
+        (["threads=0"], "threads=0"),
+        (["trainer.max_epochs=-1"], "trainer.max_epochs=-1"),
+        (["+epsilon_ramp.epsilon=1", "+epsilon_ramp.stat=2"], "stat"),
         (["optimizer.lr=fast"], "optimizer"),
         (["seed=x"], "seed='x'"),
         (["trainer.max_epochs=many"], "trainer.max_epochs='many'"),
@@ -375,6 +467,8 @@ def test_bad_training_commands_say_one_line(arguments, said, tmp_path, monkeypat
         ([], "ckpt"),
         (["eps=[-1]"], "eps=-1"),
         (["eps=[x]"], "eps='x'"),
+        (["eps=36/255x"], "eps="),
+        (["ckpt=5"], "ckpt=5"),
         (["data.split=tets"], "did you mean test"),
         (["device=tpu"], "device"),
         (["ckpt=gone.ckpt"], "gone.ckpt"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from liplayers.bounds.graph import traced_bounds
+from liplayers.bounds.graph import evaluating, graph_bounds, trace, value_shapes
 from liplayers.bounds.torch_modules import RULES, Shape, torch_bound
 from liplayers.errors import NonFiniteError, ShapeError, UnknownBoundError
 from liplayers.layers.base import LipschitzLinear, LipschitzModule
@@ -30,8 +30,10 @@ def lipschitz_bound(model: nn.Module, input_shape: Shape | None = None) -> float
         input_shape: of one input, without the batch dimension. Needed where a bound depends on the image size; the
             model is then run once on zeros, which also shows that it accepts that shape.
 
+    The bound is for the mode, training or evaluation, that the model is in.
+
     Raises:
-        UnknownBoundError: a part without a known bound, named by its path and type.
+        UnknownBoundError: a part without a known bound, or changed by a hook; named by its path and type.
         ShapeError: the model does not accept inputs of that shape.
         NonFiniteError: the parameters contain NaN or infinity.
 
@@ -79,10 +81,14 @@ class HeadSplit:
 
         body_bound·‖w_y − w_j‖ with a head (differentiable in its weight), √2·body_bound without.
         """
-        if self.head is not None:
-            weight: Tensor = self.head.weight  # type: ignore[assignment]
-            return self.body_bound * row_distances(weight)
-        return math.sqrt(2) * self.body_bound * (1 - torch.eye(num_classes))
+        if self.head is None:
+            return math.sqrt(2) * self.body_bound * (1 - torch.eye(num_classes, dtype=torch.float64))
+        weight: Tensor = self.head.weight  # type: ignore[assignment]
+        if weight.shape[0] != num_classes:
+            raise ShapeError(f"the head has {weight.shape[0]} rows, num_classes is {num_classes}")
+        if torch.is_autocast_enabled(weight.device.type):
+            weight = weight.to(torch.get_autocast_dtype(weight.device.type))  # as it runs
+        return self.body_bound * row_distances(weight.double())
 
 
 def split_head(model: nn.Module, input_shape: Shape | None = None) -> HeadSplit:
@@ -104,31 +110,32 @@ class _Walk:
 
     def bound(self, module: nn.Module, path: str) -> float:
         try:
+            _check_unchanged(module)
+            _check_finite(module, path)
             value = self._bound(module, path)
         except UnknownBoundError as error:
             raise _located(error, module, path) from None
-        if not math.isfinite(value):
+        if not (math.isfinite(value) and value >= 0):
             raise NonFiniteError(
                 f"{path or 'the model'} ({type(module).__name__}): its bound is {value}; "
-                f"its parameters contain NaN, infinity, or numbers too large for their dtype"
+                f"its parameters contain numbers too large for their dtype, or its rule is wrong"
             )
         self.found[path] = value
         return value
 
     def _bound(self, module: nn.Module, path: str) -> float:
-        if isinstance(module, LipschitzModule):
-            _check_finite(module, path)
+        if isinstance(module, LipschitzModule) and _covers_forward(module, "lipschitz_bound"):
             return module.lipschitz_bound()
-        if isinstance(module, Container):
+        if isinstance(module, Container) and _covers_forward(module, "compose_bounds"):
             names = {child: name for name, child in module.named_modules()}
-            return module.compose_bounds([self.bound(b, _join(path, names[b])) for b in module.branches()])
+            branches = module.branches()
+            return module.compose_bounds([self.bound(b, _join(path, names.get(b, type(b).__name__))) for b in branches])
         if _is_sequential(module):
             return self._product(_children(module), path)
         known = self._torch_bound(module)
         if known is not None:
             return known
-        graph, bounds = self._trace(module, path)
-        return bounds[_output(graph)]
+        return max(bounds[_output(graph)] for graph, bounds in self._traced(module, path))
 
     def _product(self, children: list[tuple[str, nn.Module]], path: str) -> float:
         product = 1.0
@@ -141,21 +148,42 @@ class _Walk:
         found = [torch_bound(module, shape) for shape in shapes]
         return None if None in found else max(f for f in found if f is not None)
 
-    def _trace(self, module: nn.Module, path: str) -> tuple[fx.Graph, dict[fx.Node, float]]:
-        if not any(True for _ in module.children()) and type(module).__module__.startswith("torch.nn."):
+    def _traced(self, module: nn.Module, path: str) -> list[tuple[fx.Graph, dict[fx.Node, float]]]:
+        """Graph and bounds of a custom module, for each shape of input that it has seen."""
+        if type(module).__module__.startswith("torch.nn."):
             raise UnknownBoundError("no bound is known for this type")
-        return traced_bounds(
-            module,
-            is_leaf=lambda m, name: self._is_leaf(m),
-            leaf_bound=lambda name: self.bound(module.get_submodule(name), _join(path, name)),
-        )
+        graph = trace(module, self._is_leaf)
+        like = _like(module)
+        found = []
+        for shape in self.shapes.get(module, {None}):
+            shapes = None if shape is None else value_shapes(module, graph, shape, like)
+
+            def leaf_bound(name: str) -> float:
+                return self.bound(module.get_submodule(name), _join(path, name))
+
+            found.append((graph, graph_bounds(graph, leaf_bound, shapes)))
+        return found
 
     def _is_leaf(self, module: nn.Module) -> bool:
-        own = isinstance(module, (LipschitzModule, Container)) or _is_sequential(module)
-        return own or type(module).__module__.startswith("torch.nn.") or type(module) in RULES
+        ours = (isinstance(module, LipschitzModule) and _covers_forward(module, "lipschitz_bound")) or (
+            isinstance(module, Container) and _covers_forward(module, "compose_bounds")
+        )
+        known = ours or _is_sequential(module) or type(module) in RULES
+        return known or type(module).__module__.startswith("torch.nn.") or _is_changed(module)
 
     def split(self, module: nn.Module, path: str) -> HeadSplit:
-        if isinstance(module, LipschitzLinear) or type(module) is nn.Linear:
+        try:
+            _check_unchanged(module)
+            inner = self._split(module, path)
+        except UnknownBoundError as error:
+            raise _located(error, module, path) from None
+        if not math.isfinite(inner.body_bound):
+            raise NonFiniteError(f"{path or 'the model'}: the bound below the head is {inner.body_bound}")
+        return inner
+
+    def _split(self, module: nn.Module, path: str) -> HeadSplit:
+        is_head = isinstance(module, LipschitzLinear) and type(module).forward is LipschitzLinear.forward
+        if is_head or type(module) is nn.Linear:
             _check_finite(module, path)
             return HeadSplit(1.0, module)
         if _is_sequential(module) and len(module._modules):
@@ -163,24 +191,39 @@ class _Walk:
             below = self._product(body, path)
             inner = self.split(last, _join(path, last_name))
             return HeadSplit(below * inner.body_bound, inner.head)
-        if isinstance(module, (LipschitzModule, Container)) or _is_sequential(module):
+        if self._is_leaf(module) or self._torch_bound(module) is not None:
             return HeadSplit(self.bound(module, path), None)
-        try:
-            if self._torch_bound(module) is None:
-                return self._split_traced(module, path)
-        except UnknownBoundError as error:
-            raise _located(error, module, path) from None
-        return HeadSplit(self.bound(module, path), None)
+        return self._split_traced(module, path)
 
     def _split_traced(self, module: nn.Module, path: str) -> HeadSplit:
-        graph, bounds = self._trace(module, path)
-        output = _output(graph)
-        last = output.args[0]
-        if isinstance(last, fx.Node) and last.op == "call_module" and isinstance(last.args[0], fx.Node):
+        traced = self._traced(module, path)
+        last = _output(traced[0][0]).args[0]
+        if isinstance(last, fx.Node) and last.op == "call_module":
             name = str(last.target)
+            below = max(bounds[last.all_input_nodes[0]] for _, bounds in traced)
             inner = self.split(module.get_submodule(name), _join(path, name))
-            return HeadSplit(bounds[last.args[0]] * inner.body_bound, inner.head)
-        return HeadSplit(bounds[output], None)
+            return HeadSplit(below * inner.body_bound, inner.head)
+        return HeadSplit(max(bounds[_output(graph)] for graph, bounds in traced), None)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _check_unchanged(module: nn.Module) -> None:
+    if _is_changed(module):
+        raise UnknownBoundError("a forward hook, a forward pre-hook or a replaced forward may change what it computes")
+
+
+def _covers_forward(module: nn.Module, rule: str) -> bool:
+    """Whether the class that states the bound is the one that defines forward, or derives from it.
+
+    A subclass that overrides forward alone may compute something else.
+    """
+    order = type(module).__mro__
+    states = next(cls for cls in order if rule in vars(cls))
+    computes = next(cls for cls in order if "forward" in vars(cls))
+    return issubclass(states, computes)
 
 
 def _located(error: UnknownBoundError, module: nn.Module, path: str) -> UnknownBoundError:
@@ -213,13 +256,18 @@ def _output(graph: fx.Graph) -> fx.Node:
 
 
 def _check_finite(module: nn.Module, path: str) -> None:
-    for name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter).all():
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{_join(path, name)}: contains NaN or infinity; the weights cannot be certified")
 
 
+def _like(model: nn.Module) -> Tensor:
+    """A tensor of the dtype and device that the model runs in."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+
 def _record_shapes(model: nn.Module, input_shape: Shape) -> dict[nn.Module, set]:
-    """The input shapes that each of torch's leaf modules sees when the model runs on zeros."""
+    """The input shapes, without the batch, that each module sees when the model runs on zeros."""
     shapes: dict[nn.Module, set] = {}
 
     def hook(module: nn.Module, args: tuple, output: object) -> None:
@@ -227,22 +275,18 @@ def _record_shapes(model: nn.Module, input_shape: Shape) -> dict[nn.Module, set]
             shapes.setdefault(module, set()).add(tuple(args[0].shape[1:]))
 
     handles = [m.register_forward_hook(hook) for m in model.modules()]
-    modes = [(m, m.training) for m in model.modules()]
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = _like(model)
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             model(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
     except ShapeError:
         raise
-    except (RuntimeError, ValueError, IndexError) as error:
+    except Exception as error:  # the model's own code: anything may come out
         raise ShapeError(
-            f"the model does not accept inputs of shape {input_shape} ({str(error).splitlines()[0]}); "
+            f"the model does not accept inputs of shape {input_shape} ({' '.join(str(error).split())}); "
             f"pass the shape of one input without the batch dimension"
         ) from None
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     return shapes

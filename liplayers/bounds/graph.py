@@ -8,27 +8,39 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from liplayers.errors import UnknownBoundError
+
+Shapes = dict[fx.Node, tuple[int, ...]]
+
+_BATCH = 2  # of the trial run that records shapes; with 1 a broadcast over the batch would not show
 
 _UNCHANGED_FUNCTIONS = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze}
 _UNCHANGED_METHODS = {
     "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "movedim", "unflatten",
     "clone",
 }  # fmt: skip
-_ENTRYWISE_FUNCTIONS = {F.relu, torch.relu, torch.tanh, F.tanh, torch.abs, operator.neg, torch.neg, F.hardtanh, abs}
+_ENTRYWISE_FUNCTIONS = {F.relu, torch.relu, torch.tanh, F.tanh, torch.abs, operator.neg, torch.neg}
 _ENTRYWISE_METHODS = {"relu", "tanh", "abs", "neg"}
 _ADD = {operator.add, torch.add, operator.sub, torch.sub}
+_MULTIPLY = {operator.mul, torch.mul}
+_DIVIDE = {operator.truediv, torch.div}
+_CONCATENATE = {torch.cat, torch.concat}
 _SHAPE_METHODS = {"size", "dim"}
+_SHAPE_ATTRIBUTES = {"shape", "ndim", "device", "dtype"}
+# keyword arguments without an effect on the bound; `out`, `alpha`, `rounding_mode` and `dtype` have one
+_HARMLESS = {"dim", "axis", "start_dim", "end_dim", "dim0", "dim1", "dims", "shape", "source", "destination", "inplace"}
 
 
-class _Functional(fx.Proxy):
-    """A proxy that refuses in-place operators: the trace would not see that another name changes with this one."""
+class _NoInPlace(fx.Proxy):
+    """Refuses in-place operators: the trace would not see that another name changes with this one."""
 
     def _refuse(self, other: object) -> fx.Proxy:
         raise UnknownBoundError("its forward updates a tensor in place (x += y and the like): write x = x + y")
@@ -36,95 +48,155 @@ class _Functional(fx.Proxy):
     __iadd__ = __isub__ = __imul__ = __itruediv__ = _refuse
 
 
-def traced_bounds(module: nn.Module, is_leaf: Any, leaf_bound: Any) -> tuple[fx.Graph, dict[fx.Node, float]]:
-    """The graph of `module.forward` and the bound of each of its values.
+def _autocast() -> tuple[bool, ...]:
+    return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
-    Args:
-        is_leaf: (module, path) → bool, whether the module has a bound of its own.
-        leaf_bound: (path) → float, that bound.
+
+def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.Graph:
+    """The graph of `module.forward`, with the modules for which `is_leaf` as single calls.
 
     Raises:
-        UnknownBoundError: the forward method cannot be traced, or contains an operation of unknown effect.
+        UnknownBoundError: it cannot be traced.
     """
+    outside = _autocast()
 
     class Tracer(fx.Tracer):
-        def proxy(self, node: fx.Node) -> fx.Proxy:
-            return _Functional(node, self)
-
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-            return is_leaf(m, module_qualified_name)
+            return is_leaf(m)
 
+        def proxy(self, node: fx.Node) -> fx.Proxy:
+            if _autocast() != outside:
+                raise UnknownBoundError("its forward switches autocast, which a trace does not keep")
+            return _NoInPlace(node, self)
+
+    attributes = {m: dict(vars(m)) for m in module.modules()}
     try:
-        graph = Tracer().trace(module)
+        return Tracer().trace(module)
     except UnknownBoundError:
         raise
     except Exception as error:  # tracing runs the user's code: anything may come out
-        raise UnknownBoundError(f"its forward cannot be traced ({str(error).splitlines()[0]})") from None
+        raise UnknownBoundError(f"its forward cannot be traced ({' '.join(str(error).split())})") from None
+    finally:
+        for m, before in attributes.items():  # a forward may keep what it was given; that must not be a proxy
+            vars(m).clear()
+            vars(m).update(before)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients for a trial run; puts each module's mode back."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def value_shapes(module: nn.Module, graph: fx.Graph, input_shape: tuple[int, ...], like: Tensor) -> Shapes:
+    """The shape of each tensor in the graph, from a run on a batch of zeros."""
+    shapes: Shapes = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor):
+                shapes[n] = tuple(value.shape)
+            return value
+
+    with evaluating(module):
+        Recorder(module, graph=graph).run(torch.zeros(_BATCH, *input_shape, dtype=like.dtype, device=like.device))
+    return shapes
+
+
+def graph_bounds(graph: fx.Graph, leaf_bound: Callable[[str], float], shapes: Shapes | None) -> dict[fx.Node, float]:
+    """The bound of each value of a graph.
+
+    Args:
+        leaf_bound: path of a leaf module → its bound.
+        shapes: of the values, or None where the input's shape is not known; sums of tensors then raise.
+
+    Raises:
+        UnknownBoundError: an operation of unknown effect.
+    """
     bounds: dict[fx.Node, float] = {}
-    inputs = 0
     for node in graph.nodes:
-        if node.op == "placeholder":
-            inputs += 1
-            if inputs > 1:
-                raise UnknownBoundError(f"its forward takes a second input {node.target!r}")
-            bounds[node] = 1.0
-        elif node.op == "get_attr":
-            bounds[node] = 0.0
-        elif node.op == "call_module":
-            tensors = [a for a in [*node.args, *node.kwargs.values()] if isinstance(a, fx.Node)]
-            if len(tensors) != 1:
-                raise UnknownBoundError(f"it calls {node.target} with {len(tensors)} tensors")
-            bounds[node] = leaf_bound(node.target) * bounds[tensors[0]]
-        elif node.op == "output":
-            if not isinstance(node.args[0], fx.Node):
-                raise UnknownBoundError("its forward returns more than one tensor")
-            bounds[node] = bounds[node.args[0]]
-        else:
-            bounds[node] = _operation(node, bounds)
-    return graph, bounds
+        bounds[node] = _value(node, bounds, leaf_bound, shapes)
+        if shapes is not None and bounds[node] and shapes.get(node, (_BATCH,))[:1] != (_BATCH,):
+            raise UnknownBoundError(f"its forward mixes the samples of a batch ({_name(node)})")
+    return bounds
 
 
-def _operation(node: fx.Node, bounds: dict[fx.Node, float]) -> float:
-    arguments = [bounds[n] for n in node.all_input_nodes]
-    if not any(arguments):
-        return 0.0  # computed from constants only
-    target = node.target
-    method = node.op == "call_method"
-    first = bounds[node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else None
-    others_constant = first is not None and sum(arguments) == first
-    if (method and target in _SHAPE_METHODS) or (
-        target is getattr and node.args[1] in ("shape", "ndim", "device", "dtype")
-    ):
+def _value(
+    node: fx.Node, bounds: dict[fx.Node, float], leaf_bound: Callable[[str], float], shapes: Shapes | None
+) -> float:
+    if node.op == "placeholder":
+        if bounds:
+            raise UnknownBoundError(f"its forward takes a second input {node.target!r}")
+        return 1.0
+    if node.op == "get_attr":
         return 0.0
-    unchanged = target in (_UNCHANGED_METHODS if method else _UNCHANGED_FUNCTIONS)
-    entrywise = target in (_ENTRYWISE_METHODS if method else _ENTRYWISE_FUNCTIONS)
-    if others_constant and (entrywise or (unchanged and not _has_dtype(node))):
-        assert first is not None
-        return first
-    if not method and target in _ADD and "alpha" not in node.kwargs and len(node.args) == 2:
-        return sum(bounds[a] for a in node.args if isinstance(a, fx.Node))
-    if not method and target in (operator.mul, torch.mul, operator.truediv, torch.div) and len(node.args) == 2:
+    if node.op == "output":
+        if not isinstance(node.args[0], fx.Node):
+            raise UnknownBoundError("its forward returns something other than one tensor")
+        return bounds[node.args[0]]
+    if node.op == "call_module":
+        arguments = [*node.args, *node.kwargs.values()]
+        if len(arguments) != 1 or not isinstance(arguments[0], fx.Node):
+            raise UnknownBoundError(f"it calls {node.target} with other arguments than one tensor")
+        return leaf_bound(str(node.target)) * bounds[arguments[0]]
+    return _operation(node, bounds, shapes)
+
+
+def _operation(node: fx.Node, bounds: dict[fx.Node, float], shapes: Shapes | None) -> float:
+    if not any(bounds[n] for n in node.all_input_nodes):
+        return 0.0  # computed from constants only
+    target, method = node.target, node.op == "call_method"
+    if set(node.kwargs) - _HARMLESS:
+        raise UnknownBoundError(f"its forward calls {_name(node)} with {', '.join(node.kwargs)}")
+    if (method and target in _SHAPE_METHODS) or (target is getattr and node.args[1] in _SHAPE_ATTRIBUTES):
+        return 0.0
+    first = node.args[0] if node.args else None
+    if isinstance(first, fx.Node) and not any(bounds[n] for n in node.all_input_nodes if n is not first):
+        unchanged = target in (_UNCHANGED_METHODS if method else _UNCHANGED_FUNCTIONS)
+        entrywise = target in (_ENTRYWISE_METHODS if method else _ENTRYWISE_FUNCTIONS)
+        reinterprets = any(isinstance(a, torch.dtype) for a in node.args)
+        indexed = target is operator.getitem and _plain_index(node.args[1])
+        if entrywise or indexed or (unchanged and not reinterprets):
+            return bounds[first]
+    if not method and target in _ADD and len(node.args) == 2:
+        return _sum(node, bounds, shapes)
+    if not method and target in _MULTIPLY | _DIVIDE and len(node.args) == 2:
         return _scaled(node, bounds)
-    if not method and target in (torch.cat, torch.concat) and isinstance(node.args[0], (list, tuple)):
-        return math.hypot(*(bounds[n] for n in node.args[0] if isinstance(n, fx.Node)))
-    if target is operator.getitem and first is not None and _plain_index(node.args[1]):
-        return first
-    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    raise UnknownBoundError(f"its forward calls {name!r}, whose effect on the bound is not known")
+    if not method and target in _CONCATENATE and isinstance(first, (list, tuple)):
+        return math.hypot(*(bounds[n] for n in first if isinstance(n, fx.Node)))
+    raise UnknownBoundError(f"its forward calls {_name(node)!r}, whose effect on the bound is not known")
 
 
-def _has_dtype(node: fx.Node) -> bool:
-    return any(isinstance(a, torch.dtype) for a in [*node.args, *node.kwargs.values()])
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _sum(node: fx.Node, bounds: dict[fx.Node, float], shapes: Shapes | None) -> float:
+    """Σ bounds, each times √(times that broadcasting repeats its entries)."""
+    operands = [a for a in node.args if isinstance(a, fx.Node)]
+    if all(isinstance(a, (int, float)) or (isinstance(a, fx.Node) and a is operands[0]) for a in node.args):
+        return len(operands) * bounds[operands[0]]
+    if shapes is None:
+        raise UnknownBoundError("its forward adds tensors, which may broadcast: pass input_shape")
+    size = math.prod(shapes[node])
+    return sum(bounds[a] * math.sqrt(size / math.prod(shapes[a])) for a in operands if bounds[a])
 
 
 def _scaled(node: fx.Node, bounds: dict[fx.Node, float]) -> float:
     left, right = node.args
-    if isinstance(left, fx.Node) and isinstance(right, (int, float)):
-        factor = abs(right) if node.target in (operator.mul, torch.mul) else 1 / abs(right)
-        return bounds[left] * factor
-    if isinstance(right, fx.Node) and isinstance(left, (int, float)) and node.target in (operator.mul, torch.mul):
+    if isinstance(left, fx.Node) and isinstance(right, (int, float)) and (right or node.target in _MULTIPLY):
+        return bounds[left] * (abs(right) if node.target in _MULTIPLY else 1 / abs(right))
+    if isinstance(right, fx.Node) and isinstance(left, (int, float)) and node.target in _MULTIPLY:
         return bounds[right] * abs(left)
-    raise UnknownBoundError("its forward multiplies or divides tensors, whose bound is not known")
+    raise UnknownBoundError("its forward multiplies or divides tensors, or divides by zero")
 
 
 def _plain_index(index: Any) -> bool:

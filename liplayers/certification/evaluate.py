@@ -21,7 +21,8 @@ PROGRESS_FROM = 2000  # samples; shorter sets are done before a bar is read
 class Certificates:
     """The result for each sample: tensors of one length.
 
-    `margin` is f_y − max_{j≠y} f_j for the predicted y; `radius` is in the norm of the pixels.
+    `prediction` is −1 where logits are NaN or infinite; `margin` is f_y − max_{j≠y} f_j for the predicted y; `radius`
+    is in the norm of the pixels.
     """
 
     label: Tensor
@@ -49,7 +50,7 @@ class Certificates:
     @property
     def not_finite(self) -> int:
         """How many samples had NaN or infinite logits; they certify nothing."""
-        return int((~self.margin.isfinite()).sum())
+        return int((self.prediction == -1).sum())
 
 
 def certify(
@@ -84,6 +85,8 @@ def certify(
     >>> certificates.radius.shape
     torch.Size([3])
     """
+    if num_classes < 2:
+        raise ShapeError(f"num_classes={num_classes}; a certificate needs at least two classes")
     model = model.double().eval().requires_grad_(False)
     split = split_head(model, input_shape)
     constants = split.margin_lipschitz(num_classes)
@@ -106,10 +109,11 @@ def certify(
             logits = model(images.to(device, torch.float64)).cpu()
             if logits.shape[1] != num_classes:
                 raise ShapeError(f"the model has {logits.shape[1]} logits, the data {num_classes} classes")
+            prediction = torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
             best = logits.topk(2, 1).values
             for column, value in zip(
                 columns,
-                (labels.cpu(), logits.argmax(1), best[:, 0] - best[:, 1], certified_radius(logits, constants.cpu())),
+                (labels.cpu(), prediction, best[:, 0] - best[:, 1], certified_radius(logits, constants.cpu())),
                 strict=True,
             ):
                 column.append(value)

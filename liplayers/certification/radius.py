@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from liplayers.errors import ArgumentError, ShapeError
+
+_NUMBER = re.compile(r"\s*-?[\d.]{1,30}(e[+-]?\d{1,3})?(\s*/\s*\d{1,30})?\s*", re.ASCII)  # short: "1e999999999" is not
 
 
 def certified_radius(logits: Tensor, margin_lipschitz: Tensor, logit_error: Tensor | None = None) -> Tensor:
@@ -42,8 +45,9 @@ def certified_radius(logits: Tensor, margin_lipschitz: Tensor, logit_error: Tens
     if logit_error is not None:
         margin = margin - 2 * (logit_error.gather(1, prediction) + logit_error)
     constants = margin_lipschitz.to(logits)[prediction[:, 0]]
-    # L = 0: the difference is constant, so it keeps its sign whatever the input
-    ratio = torch.where(constants > 0, margin / constants, torch.where(margin > 0, math.inf, 0.0))
+    # L = 0: the difference is constant, so it keeps its sign whatever the input; a negative or NaN L proves nothing
+    constant = (constants == 0) & (margin > 0)
+    ratio = torch.where(constants > 0, margin / constants, torch.where(constant, math.inf, 0.0))
     ratio = ratio.scatter(1, prediction, math.inf)
     radius = (ratio.amin(1) * (1 - 8 * u)).clamp_min(0)
     return torch.where(torch.isfinite(logits).all(1) & ~radius.isnan(), radius, 0.0)
@@ -69,12 +73,12 @@ def parse_radius(value: float | int | str) -> float:
     (0.25, 0.5)
     """
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or (isinstance(value, str) and not _NUMBER.fullmatch(value)):
             raise ValueError
         exact = Fraction(value.replace(" ", "")) if isinstance(value, str) else Fraction(value)
+        nearest = float(exact)
     except (ValueError, TypeError, ZeroDivisionError, OverflowError):
         raise ArgumentError(f"eps={value!r} is not a radius; expected a number ≥ 0 such as 0.5 or 36/255") from None
     if exact < 0:
         raise ArgumentError(f"eps={value!r} is negative; a radius is at least 0")
-    nearest = float(exact)
     return nearest if Fraction(nearest) >= exact else math.nextafter(nearest, math.inf)

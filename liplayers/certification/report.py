@@ -18,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 
+import liplayers
 from liplayers.certification.evaluate import Certificates
 from liplayers.certification.radius import parse_radius
 from liplayers.errors import OutputError
@@ -63,6 +64,7 @@ def environment() -> dict[str, str]:
     """Versions and machine that a result was computed with."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "liplayers": liplayers.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

@@ -61,6 +61,7 @@ class ParametrizedModule(LipschitzModule):
     """
 
     raw_names: tuple[str, ...] = ("raw",)
+    constant_bound = True  # whatever the raw parameters are
     _cache: dict[tuple, tuple[tuple[int, ...], Any]]  # key → (versions of the value's tensors, value)
     _raw_seen: list[Tensor]  # copies of the raw parameters that the cache was computed from
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from liplayers.errors import ArgumentError
+from liplayers.errors import ArgumentError, ShapeError
 from liplayers.layers.base import LipschitzModule
 
 __all__ = ["Concatenate", "Container", "Normalize", "Residual", "Scale"]
@@ -56,8 +56,13 @@ class Residual(Container):
         self.logit = nn.Parameter(torch.tensor(math.log(alpha / (1 - alpha))), requires_grad=learnable)
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.branch(x)
+        if y.shape != x.shape:
+            raise ShapeError(
+                f"Residual: the branch turned {tuple(x.shape)} into {tuple(y.shape)}; it must keep the shape"
+            )
         alpha = self.logit.sigmoid()
-        return (1 - alpha) * x + alpha * self.branch(x)
+        return (1 - alpha) * x + alpha * y
 
     def branches(self) -> Sequence[nn.Module]:
         return [self.branch]
@@ -157,11 +162,14 @@ class Normalize(LipschitzModule):
         self.register_buffer("std", torch.tensor(list(std), dtype=torch.get_default_dtype()))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[1] != len(self.mean):
+            raise ShapeError(f"Normalize: got shape {tuple(x.shape)}; expected (N, {len(self.mean)}, …)")
         shape = (-1, *[1] * (x.dim() - 2))
         return (x - self.mean.view(shape)) / self.std.view(shape)
 
     def lipschitz_bound(self) -> float:
-        return 1 / self.std.double().min().item()
+        smallest = self.std.double().abs().min().item()
+        return 1 / smallest if smallest else math.inf
 
     def extra_repr(self) -> str:
         return f"mean={self.mean.tolist()}, std={self.std.tolist()}"

@@ -38,9 +38,6 @@ class _Pool2d(LipschitzModule):
             )
         return rearrange(x[..., :height, :width], "... (h a) (w b) -> ... h w (a b)", a=kh, b=kw)
 
-    def lipschitz_bound(self) -> float:
-        return 1.0
-
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}"
 
@@ -65,6 +62,9 @@ class AvgPool2d(_Pool2d):
     def forward(self, x: Tensor) -> Tensor:
         return self.patches(x).sum(-1) / math.sqrt(math.prod(self.kernel_size))
 
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
 
 class L2Pool2d(_Pool2d):
     r"""ℓ2 pooling, y = √(Σ_patch x²): preserves the norm; 1-Lipschitz by the triangle inequality in each patch.
@@ -80,6 +80,9 @@ class L2Pool2d(_Pool2d):
     def forward(self, x: Tensor) -> Tensor:
         return torch.linalg.vector_norm(self.patches(x), dim=-1)
 
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
 
 class MaxPool2d(_Pool2d):
     r"""Max pooling over disjoint patches: 1-Lipschitz, since each patch's maximum is.
@@ -92,6 +95,9 @@ class MaxPool2d(_Pool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.patches(x).amax(-1)
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
 
 
 class GlobalL2Pool2d(LipschitzModule):

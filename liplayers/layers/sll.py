@@ -65,7 +65,7 @@ class _SLL(ParametrizedModule):
         incoming, outgoing = self._pair()
         return incoming.to(self.raw.dtype), outgoing.to(self.raw.dtype)
 
-    def lipschitz_bound(self) -> float:
+    def _proven_bound(self) -> float:
         require_slope_range(self, self.activation)  # it may have been replaced since construction
         dtype = self.executed_dtype()
         if torch.finfo(dtype).bits >= 32:
@@ -143,6 +143,9 @@ class SLLBlock(_SLL):
     def forward(self, x: Tensor) -> Tensor:
         incoming, outgoing = self.effective()
         return x - self.activation(F.linear(x, incoming, self.bias)) @ outgoing.to(x.dtype)
+
+    def lipschitz_bound(self) -> float:
+        return self._proven_bound()
 
     def extra_repr(self) -> str:
         return f"features={self.features}, hidden_features={self.hidden_features}, bias={self.bias is not None}"
@@ -231,6 +234,9 @@ class SLLConv2dBlock(_SLL):
         # the adjoint of a circular convolution is the circular one with the flipped, transposed kernel
         adjoint = rearrange(outgoing, "h c a b -> c h a b").flip(-2, -1)
         return x - F.conv2d(wrap(self, hidden, pads), adjoint)
+
+    def lipschitz_bound(self) -> float:
+        return self._proven_bound()
 
     def extra_repr(self) -> str:
         return (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,42 @@ class ProgressBar(RichProgressBar):
 
 
 class SaveWhenInterrupted(L.Callback):
-    """Writes a checkpoint that resumes when training ends by Ctrl-C, SIGTERM or an exception."""
+    """Writes a checkpoint that resumes when training ends by Ctrl-C, SIGTERM or an exception.
+
+    The first Ctrl-C waits for the batch to end: an exception between two arbitrary lines may be lost in a callback, or
+    leave the optimizer half stepped. The second ends at once.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._asked = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._ask)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def _stop_if_asked(self) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._stop_if_asked()
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._stop_if_asked()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         trainer.save_checkpoint(self.path)
@@ -87,5 +121,7 @@ class EpsilonRamp(L.Callback):
         loss = pl_module.loss
         if not isinstance(loss, MarginLoss):
             raise ConfigError(f"EpsilonRamp needs a loss with an epsilon (emma, logit_annealing); got {loss}")
-        reached = min(1.0, trainer.current_epoch / (self.share * (trainer.max_epochs or 1)))
+        if not trainer.max_epochs or trainer.max_epochs < 1:
+            raise ConfigError(f"EpsilonRamp: trainer.max_epochs={trainer.max_epochs}; expected the number of epochs")
+        reached = min(1.0, trainer.current_epoch / (self.share * trainer.max_epochs))
         loss.epsilon = self.epsilon * (self.start + (1 - self.start) * reached)

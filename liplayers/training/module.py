@@ -23,9 +23,14 @@ def certified_name(epsilon: float) -> str:
     """The metric's name for a radius.
 
     >>> certified_name(36 / 255)
-    'certified_0.1412'
+    'certified_0.141176'
     """
-    return f"certified_{epsilon:.4g}"
+    return f"certified_{epsilon:.6g}"
+
+
+def _bound_moves(module: nn.Module) -> bool:
+    """Whether a step of the optimizer may change the module's own bound: plain torch layers, a residual's α."""
+    return bool(module._parameters) and not getattr(module, "constant_bound", False)
 
 
 class CertifiedClassifier(L.LightningModule):
@@ -74,8 +79,9 @@ class CertifiedClassifier(L.LightningModule):
         return self.model(x)
 
     def _refresh_bound(self) -> None:
-        """The bound of the body; constant for most models, but a residual's α or a plain layer's weight moves it."""
         self.split = [split_head(self.model, self.input_shape)]  # in a list: the head is not a second submodule
+        head = self.split[0].head
+        self.bound_moves = any(_bound_moves(module) for module in self.model.modules() if module is not head)
 
     def on_train_start(self) -> None:
         self._refresh_bound()
@@ -100,6 +106,8 @@ class CertifiedClassifier(L.LightningModule):
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         images, labels = batch
+        if stage == "train" and self.bound_moves:
+            self._refresh_bound()
         with cached():
             logits = self.model(images)
             constants = self.split[0].margin_lipschitz(logits.shape[1]).to(logits.device)
@@ -109,7 +117,7 @@ class CertifiedClassifier(L.LightningModule):
         return loss
 
     def _log_metrics(self, stage: str, loss: Tensor, logits: Tensor, labels: Tensor, constants: Tensor) -> None:
-        correct = logits.argmax(1) == labels
+        correct = (logits.argmax(1) == labels) & logits.isfinite().all(1)
         radius = certified_radius(logits, constants)
         best = logits.topk(2, 1).values
         metrics = {
