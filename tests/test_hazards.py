@@ -406,7 +406,7 @@ def test_a_plain_skip_connection_is_two():
         def forward(self, x: Tensor) -> Tensor:
             return x + self.branch(x)
 
-    assert lipschitz_bound(Skip()) == 2
+    assert lipschitz_bound(Skip(), (3,)) == 2
 
 
 # Not drop-in ----------------------------------------------------------------------------------------------------------

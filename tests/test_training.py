@@ -17,6 +17,8 @@ from omegaconf import OmegaConf
 import liplayers as lp
 from liplayers import cli
 from liplayers.checkpoint import load_checkpoint
+from liplayers.cli.configuration import build
+from liplayers.cli.train import GROUPS
 from liplayers.errors import CheckpointError, ConfigError, LipschitzError, OutputError, ShapeError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,26 +84,26 @@ def group(name: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / name).glob("*.yaml"))
 
 
-@pytest.mark.parametrize("choice", [f"{g}={n}" for g in cli.GROUPS for n in group(g)])
+@pytest.mark.parametrize("choice", [f"{g}={n}" for g in GROUPS for n in group(g)])
 def test_every_config_composes_and_its_target_takes_its_arguments(choice, tmp_path):
     cfg = compose("train", choice, f"output={tmp_path}")
     for name in ("data.root", "data.train", "data.test"):
         if OmegaConf.is_missing(cfg.data, name.split(".")[1]):
             OmegaConf.update(cfg, name, str(tmp_path))
-    cli._build(cfg.data)
-    cli._build(cfg.loss)
+    build(cfg.data)
+    build(cfg.loss)
     cfg.model.update({key: 8 for key in ("width", "channels") if key in cfg.model})
-    model = cli._build(cfg.model, input_shape=(3, 16, 16), num_classes=4)
+    model = build(cfg.model, input_shape=(3, 16, 16), num_classes=4)
     assert lp.split_head(model, (3, 16, 16)).body_bound == pytest.approx(1)
-    optimizer = cli._build(cfg.optimizer)(model.parameters())
-    scheduler = cli._build(cfg.schedule)(optimizer, 10)
+    optimizer = build(cfg.optimizer)(model.parameters())
+    scheduler = build(cfg.schedule)(optimizer, 10)
     rates = []
     for _ in range(10):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
     assert 0 <= min(rates) <= max(rates) == pytest.approx(cfg.optimizer.lr)
-    assert cli._build(cfg.trainer, logger=False, default_root_dir=str(tmp_path)).max_epochs == cfg.trainer.max_epochs
+    assert build(cfg.trainer, logger=False, default_root_dir=str(tmp_path)).max_epochs == cfg.trainer.max_epochs
 
 
 @pytest.mark.parametrize("conv", [f.name for f in lp.FAMILIES.values() if f.conv])
@@ -271,7 +273,7 @@ def test_one_radius_is_a_list_of_one(ckpt, tmp_path):
 
 
 def test_certifying_writes_nothing_that_only_the_checkpoint_asks_for(ckpt, tmp_path):
-    from liplayers.cli import _data_config
+    from liplayers.cli.certify import _data_config
 
     checkpoint = load_checkpoint(ckpt)
     checkpoint.config["data"].update(download=True, cache=str(tmp_path), augment=[1])

@@ -1,0 +1,94 @@
+"""The entry points: hydra around a task, and every error that a user can cause as one line."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from liplayers.cli.certify import certify
+from liplayers.cli.configuration import config_folder, one_line
+from liplayers.cli.train import train
+from liplayers.errors import ConfigError, LipschitzError, UnknownNameError
+
+
+def train_command() -> None:
+    """`python train.py` and `liplayers-train`."""
+    arguments = sys.argv[1:]
+    resume = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), None)
+    if resume not in (None, "null") and not any(a.startswith(("output=", "hydra.run.dir=")) for a in arguments):
+        folder = Path(resume).parent
+        folder = folder.parent if folder.name == "checkpoints" else folder
+        sys.argv.append(f"output='{folder}'")  # a resumed run goes on in its own folder
+    run("train", train)
+
+
+def certify_command() -> None:
+    """`python certify.py` and `liplayers-certify`."""
+    run("certify", certify)
+
+
+def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
+    """Run a task under hydra; an error that we or the user's config caused is one line and exit status 2."""
+    asked = os.environ.get("HYDRA_FULL_ERROR")
+
+    def guarded(cfg: DictConfig) -> Any:
+        # inside hydra: it would print a heading of its own for exceptions, but lets SystemExit through
+        try:
+            return task(cfg)
+        except (LipschitzError, OmegaConfBaseException) as error:
+            if asked == "1":
+                raise
+            _fail(error)
+
+    guarded.__name__ = config_name
+    decorate = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes hydra raise, so that the message is ours
+    try:
+        decorate(guarded)()
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        if asked == "1":
+            raise
+        _fail(_config_error(error, config_name))
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if asked is not None:
+            os.environ["HYDRA_FULL_ERROR"] = asked
+
+
+def _fail(error: BaseException) -> None:
+    sys.stderr.write(f"error: {one_line(error)}\n")
+    sys.exit(2)
+
+
+def _config_error(error: Exception, config_name: str) -> Exception:
+    """What hydra says about a bad command line, in one line with the nearest known names."""
+    if isinstance(error, MissingConfigException):  # an OSError, too
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        return UnknownNameError.of(f"{group} config", name, error.options or [])
+    if isinstance(error, OSError):
+        return ConfigError(f"{error.filename or 'a file'}: {error.strerror or error}")
+    bad_key = re.search(r"Could not override '([^']+)'", str(error))
+    if bad_key:
+        return UnknownNameError.of("setting", bad_key[1], _known_keys(config_name))
+    return ConfigError(one_line(error))
+
+
+def _known_keys(config_name: str) -> list[str]:
+    """The dotted keys of the default config."""
+
+    def walk(node: Any, prefix: str) -> Iterator[str]:
+        for key, value in node.items() if isinstance(node, dict) else ():
+            yield prefix + key
+            yield from walk(value, f"{prefix}{key}.")
+
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return list(walk(OmegaConf.to_container(hydra.compose(config_name)), ""))

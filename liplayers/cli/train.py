@@ -1,0 +1,157 @@
+"""The training command."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from liplayers.certification import parse_radius
+from liplayers.checkpoint import load_checkpoint
+from liplayers.cli.configuration import build, check_config, integer, one_line, plain, radii
+from liplayers.errors import ConfigError, LipschitzError, OutputError
+from liplayers.training import CertifiedClassifier, ProgressBar, SaveWhenInterrupted, Throughput
+from liplayers.training.module import certified_name
+
+GROUPS = ("model", "data", "loss", "optimizer", "schedule", "trainer", "experiment")
+
+console = Console()
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Train as configured; return the metrics of the last epoch and the best value of the selection metric.
+
+    Writes to the output folder: checkpoints/best.ckpt and last.ckpt, config.yaml, csv/ and tensorboard/ logs.
+
+    Raises:
+        LipschitzError: a subclass for each cause, with a message of one line.
+    """
+    output = Path(cfg.output)
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        output = Path(HydraConfig.get().runtime.output_dir)  # one folder for each job
+    if cfg.resume is not None:
+        cfg = _resumed(cfg, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
+    select, eps = _training_radii(cfg)
+    if cfg.threads is not None:
+        torch.set_num_threads(integer("threads", cfg.threads, least=1))
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for noise in (".*LeafSpec.*", ".*exists and is not empty.*"):  # not the user's to mend, and said by us already
+        warnings.filterwarnings("ignore", message=noise)
+    L.seed_everything(integer("seed", cfg.seed), workers=True, verbose=False)
+
+    data = build(cfg.data)
+    data.setup()
+    module = CertifiedClassifier(
+        model=build(cfg.model, input_shape=data.input_shape, num_classes=data.num_classes),
+        loss=build(cfg.loss),
+        optimizer=build(cfg.optimizer),
+        schedule=build(cfg.schedule),
+        input_shape=data.input_shape,
+        class_names=data.class_names,
+        eps=eps,
+        config=plain(cfg),
+    )
+    if integer("trainer.max_epochs", cfg.trainer.max_epochs) < 1 and cfg.trainer.max_steps < 1:
+        raise ConfigError(f"trainer.max_epochs={cfg.trainer.max_epochs}: expected at least 1, or trainer.max_steps")
+    _try_optimizer(module)
+    stage = "val" if data.val_fraction else "train"  # without a validation split the training samples select
+    monitor = f"{stage}/{certified_name(select)}"
+    checkpoints = output / "checkpoints"
+    best = ModelCheckpoint(checkpoints, "best", monitor=monitor, mode="max", enable_version_counter=False)
+    last = ModelCheckpoint(checkpoints, "last", enable_version_counter=False)  # of every epoch, better or not
+    callbacks: list[Callback] = [best, last, SaveWhenInterrupted(checkpoints / "interrupted.ckpt"), Throughput()]
+    if cfg.trainer.enable_progress_bar:
+        shown = {"images/s": "images/s", "val/accuracy": "clean", f"val/{certified_name(select)}": f"ε={select:.3g}"}
+        callbacks.append(ProgressBar(shown))
+    if cfg.epsilon_ramp is not None:
+        callbacks.append(build(cfg.epsilon_ramp, _target_="liplayers.training.EpsilonRamp"))
+    trainer = build(
+        cfg.trainer,
+        default_root_dir=str(output),
+        callbacks=callbacks,
+        logger=[
+            CSVLogger(output, name="csv", flush_logs_every_n_steps=1),
+            TensorBoardLogger(output, name="tensorboard"),
+        ],
+        enable_model_summary=False,
+    )
+    if cfg.resume is None and not cfg.overwrite and any(checkpoints.glob("*.ckpt")):
+        raise OutputError(
+            f"{output}: holds the checkpoints of a run; continue it with resume={checkpoints / 'last.ckpt'}, "
+            f"choose another output=…, or pass overwrite=true"
+        )
+    with _Writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, output / "config.yaml")
+        parameters = sum(p.numel() for p in module.model.parameters())
+        console.print(f"training {parameters:,} parameters on {data.name}, selecting by {monitor}; writing to {output}")
+        trainer.fit(module, datamodule=data, ckpt_path=cfg.resume, weights_only=True)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if best.best_model_score is not None:
+        metrics["best"] = float(best.best_model_score)
+        console.print(f"best {monitor}: {metrics['best']:.4f}, {best.best_model_path}")
+        console.print(f"certify it: python certify.py ckpt={best.best_model_path}", soft_wrap=True)
+    return metrics
+
+
+def _resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The config of the checkpoint to resume, with the single values that were overridden on the command line."""
+    checkpoint = load_checkpoint(cfg.resume)
+    check_config(checkpoint, checkpoint.config, cfg.allow)
+    config = OmegaConf.create(checkpoint.config)
+    config.resume, config.output = cfg.resume, cfg.output
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group
+        if key in GROUPS:
+            raise ConfigError(
+                f"resume takes model, data and the rest from {cfg.resume}; drop {override.input_line}, "
+                f"or set single values such as trainer.max_epochs=50"
+            )
+        OmegaConf.update(config, key, override.value(), force_add=True)
+    return config
+
+
+def _training_radii(cfg: DictConfig) -> tuple[float, list[float]]:
+    """The radius that selects, and all radii to log, that one first; two that would share a name are refused."""
+    (select,) = map(parse_radius, radii("select_eps", cfg.select_eps))
+    eps = dict.fromkeys([select, *map(parse_radius, radii("eps", cfg.eps))])
+    names = [certified_name(e) for e in eps]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"eps={cfg.eps}, select_eps={cfg.select_eps}: two radii agree to six digits; drop one")
+    return select, list(eps)
+
+
+def _try_optimizer(module: CertifiedClassifier) -> None:
+    """Build the optimizer once for nothing, so that a bad setting is told before the data is looked at for long."""
+    try:
+        module.optimizer_factory(module.model.parameters())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer: {one_line(error)}") from None
+
+
+class _Writing:
+    """Turn an OSError about the output folder into one line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError) and not isinstance(error, LipschitzError):
+            raise OutputError(
+                f"{self.folder}: cannot be written ({error.strerror or error}); choose another with output=…"
+            ) from None
