@@ -47,7 +47,7 @@ def certify(cfg: DictConfig) -> dict[str, Any]:
     written: list[Path] = []
     for name, checkpoint in checkpoints.items():
         results[name], reports_by_name[name] = _certify_one(checkpoint, cfg, eps, device)
-        title = f"{reports_by_name[name]['data']['name']}, {cfg.data.split}: {name}"
+        title = f"{reports_by_name[name]['data']['name']} ({cfg.data.split})"
         written += reports.write_outputs(
             output if single else output / name,
             {

@@ -95,15 +95,16 @@ def train(cfg: DictConfig) -> dict[str, float]:
         )
     with _Writing(output):
         output.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, output / "config.yaml")
+        OmegaConf.save(OmegaConf.create(module.config), output / "config.yaml")
         parameters = sum(p.numel() for p in module.model.parameters())
-        console.print(f"training {parameters:,} parameters on {data.name}, selecting by {monitor}; writing to {output}")
+        console.print(f"training {parameters:,} parameters on {data.name}, selecting by {monitor}")
+        console.print(f"writing to {output}", soft_wrap=True)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.resume, weights_only=True)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if best.best_model_score is not None:
         metrics["best"] = float(best.best_model_score)
-        console.print(f"best {monitor}: {metrics['best']:.4f}, {best.best_model_path}")
-        console.print(f"certify it: python certify.py ckpt={best.best_model_path}", soft_wrap=True)
+        console.print(f"best {monitor}: {metrics['best']:.4f}")
+        console.print(f"certify it: python certify.py ckpt={checkpoints / 'best.ckpt'}", soft_wrap=True)
     return metrics
 
 
