@@ -44,13 +44,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if cfg.resume is not None:
         cfg = _resumed(cfg, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
     select, eps = _training_radii(cfg)
-    if cfg.threads is not None:
-        torch.set_num_threads(integer("threads", cfg.threads, least=1))
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for noise in (".*LeafSpec.*", ".*exists and is not empty.*"):  # not the user's to mend, and said by us already
-        warnings.filterwarnings("ignore", message=noise)
-    L.seed_everything(integer("seed", cfg.seed), workers=True, verbose=False)
+    _check_settings(cfg, output)
+    _quieten()
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
 
     data = build(cfg.data)
     data.setup()
@@ -64,35 +60,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
         eps=eps,
         config=plain(cfg),
     )
-    if integer("trainer.max_epochs", cfg.trainer.max_epochs) < 1 and cfg.trainer.max_steps < 1:
-        raise ConfigError(f"trainer.max_epochs={cfg.trainer.max_epochs}: expected at least 1, or trainer.max_steps")
     _try_optimizer(module)
     stage = "val" if data.val_fraction else "train"  # without a validation split the training samples select
     monitor = f"{stage}/{certified_name(select)}"
-    checkpoints = output / "checkpoints"
-    best = ModelCheckpoint(checkpoints, "best", monitor=monitor, mode="max", enable_version_counter=False)
-    last = ModelCheckpoint(checkpoints, "last", enable_version_counter=False)  # of every epoch, better or not
-    callbacks: list[Callback] = [best, last, SaveWhenInterrupted(checkpoints / "interrupted.ckpt"), Throughput()]
-    if cfg.trainer.enable_progress_bar:
-        shown = {"images/s": "images/s", "val/accuracy": "clean", f"val/{certified_name(select)}": f"ε={select:.3g}"}
-        callbacks.append(ProgressBar(shown))
-    if cfg.epsilon_ramp is not None:
-        callbacks.append(build(cfg.epsilon_ramp, _target_="liplayers.training.EpsilonRamp"))
-    trainer = build(
-        cfg.trainer,
-        default_root_dir=str(output),
-        callbacks=callbacks,
-        logger=[
-            CSVLogger(output, name="csv", flush_logs_every_n_steps=1),
-            TensorBoardLogger(output, name="tensorboard"),
-        ],
-        enable_model_summary=False,
-    )
-    if cfg.resume is None and not cfg.overwrite and any(checkpoints.glob("*.ckpt")):
-        raise OutputError(
-            f"{output}: holds the checkpoints of a run; continue it with resume={checkpoints / 'last.ckpt'}, "
-            f"choose another output=…, or pass overwrite=true"
-        )
+    best = ModelCheckpoint(output / "checkpoints", "best", monitor=monitor, mode="max", enable_version_counter=False)
+    trainer = _trainer(cfg, output, best, shown={f"{stage}/accuracy": "clean", monitor: f"ε={select:.3g}"})
     with _Writing(output):
         output.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(module.config), output / "config.yaml")
@@ -104,8 +76,53 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if best.best_model_score is not None:
         metrics["best"] = float(best.best_model_score)
         console.print(f"best {monitor}: {metrics['best']:.4f}")
-        console.print(f"certify it: python certify.py ckpt={checkpoints / 'best.ckpt'}", soft_wrap=True)
+        console.print(f"certify it: python certify.py ckpt={output / 'checkpoints' / 'best.ckpt'}", soft_wrap=True)
     return metrics
+
+
+def _check_settings(cfg: DictConfig, output: Path) -> None:
+    """What can be told before any data is read."""
+    integer("seed", cfg.seed)
+    if cfg.threads is not None:
+        torch.set_num_threads(integer("threads", cfg.threads, least=1))
+    if integer("trainer.max_epochs", cfg.trainer.max_epochs) < 1 and cfg.trainer.max_steps < 1:
+        raise ConfigError(f"trainer.max_epochs={cfg.trainer.max_epochs}: expected at least 1, or trainer.max_steps")
+    checkpoints = output / "checkpoints"
+    if cfg.resume is None and not cfg.overwrite and any(checkpoints.glob("*.ckpt")):
+        raise OutputError(
+            f"{output}: holds the checkpoints of a run; continue it with resume={checkpoints / 'last.ckpt'}, "
+            f"choose another output=…, or pass overwrite=true"
+        )
+
+
+def _quieten() -> None:
+    """Silence what Lightning says that is not the user's to mend, or that we say already."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for noise in (".*LeafSpec.*", ".*exists and is not empty.*"):
+        warnings.filterwarnings("ignore", message=noise)
+
+
+def _trainer(cfg: DictConfig, output: Path, best: ModelCheckpoint, shown: dict[str, str]) -> L.Trainer:
+    """The trainer with its callbacks and loggers; `shown` are the metrics on the progress bar."""
+    checkpoints = output / "checkpoints"
+    last = ModelCheckpoint(checkpoints, "last", enable_version_counter=False)  # of every epoch, better or not
+    callbacks: list[Callback] = [best, last, SaveWhenInterrupted(checkpoints / "interrupted.ckpt"), Throughput()]
+    if cfg.trainer.enable_progress_bar:
+        callbacks.append(ProgressBar({"images/s": "images/s", **shown}))
+    if cfg.epsilon_ramp is not None:
+        callbacks.append(build(cfg.epsilon_ramp, _target_="liplayers.training.EpsilonRamp"))
+    loggers = [
+        CSVLogger(output, name="csv", flush_logs_every_n_steps=1),
+        TensorBoardLogger(output, name="tensorboard"),
+    ]
+    return build(
+        cfg.trainer,
+        default_root_dir=str(output),
+        callbacks=callbacks,
+        logger=loggers,
+        enable_model_summary=False,
+    )
 
 
 def _resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:

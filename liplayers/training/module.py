@@ -133,7 +133,7 @@ class CertifiedClassifier(L.LightningModule):
                 value,
                 on_step=False,
                 on_epoch=True,
-                prog_bar=stage == "val" and name in shown,
+                prog_bar=name in shown,
                 batch_size=len(labels),
             )
 
