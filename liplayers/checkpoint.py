@@ -52,10 +52,6 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: the weights do not fit the model of its config ({detail})") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint with weights_only=True: tensors and plain containers, no code.
 
@@ -63,6 +59,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: missing, truncated, unreadable, or not written by liplayers.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; name a file in it, such as {path}/checkpoints/best.ckpt")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; training writes them to <output>/checkpoints/")
     try:
@@ -71,8 +69,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         foreign = "it holds objects other than tensors, which are never unpickled"
         reason = foreign if zipfile.is_zipfile(path) else "not a checkpoint"
         raise CheckpointError(f"{path}: cannot be read ({reason})") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: truncated or not a checkpoint ({_first_line(error)})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (RuntimeError, EOFError, ValueError, KeyError):
+        raise CheckpointError(f"{path}: truncated, or not a checkpoint at all") from None
     if not isinstance(content, dict) or not isinstance(content.get(KEY), dict) or "state_dict" not in content:
         raise CheckpointError(
             f"{path}: a torch file, but not a checkpoint of liplayers (no entry {KEY!r}); train with train.py"

@@ -848,3 +848,10 @@ def test_config_shows_every_argument_with_its_default(path: Path) -> None:
 
 def test_every_config_is_there() -> None:
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"digits", "mnist", "cifar10", "cifar100", "folder", "npz"}
+
+
+def test_npz_with_channels_last_is_named(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        np.savez(tmp_path / f"{name}.npz", images=np.zeros((20, 8, 8, 3), np.uint8), labels=np.arange(20) % 2)
+    with pytest.raises(DataError, match=r"looks like \(N, H, W, C\)"):
+        NpzData(str(tmp_path / "train.npz"), str(tmp_path / "test.npz")).setup()

@@ -159,6 +159,18 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
     assert all(torch.equal(a.state_dict[k], b.state_dict[k]) for k in a.state_dict)
 
 
+@pytest.mark.parametrize(("override", "said"), [("model.width=17", "do not fit"), ("trainer.max_epochs=1", "higher")])
+def test_resume_that_cannot_go_on_changes_nothing(override, said, tmp_path, monkeypatch, capsys):
+    train(tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    monkeypatch.setattr(sys, "argv", ["train.py", f"resume={tmp_path}/run/checkpoints/last.ckpt", override])
+    with pytest.raises(SystemExit):
+        cli.train_command()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
 def test_resume_from_python_goes_on(tmp_path):
     train(tmp_path / "run")
     last = tmp_path / "run/checkpoints/last.ckpt"
@@ -172,16 +184,21 @@ def test_resume_from_python_goes_on(tmp_path):
 def test_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path):
     arguments = [f"output={tmp_path}/run", *SMALL, "trainer.max_epochs=100000"]
     process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [sys.executable, ROOT / "train.py", *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     last, interrupted = (tmp_path / "run/checkpoints" / name for name in ("last.ckpt", "interrupted.ckpt"))
     deadline = time.monotonic() + 120
     while not last.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    output, error = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "Traceback" not in error
+    assert f"resume={interrupted}" in output
     reached = load_checkpoint(interrupted).epoch
     result = command("train.py", f"resume={interrupted}", f"trainer.max_epochs={reached + 2}", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -292,6 +309,12 @@ def test_compare(ckpt, tmp_path):
     assert set(result) == {"first", "second"} == set(json.loads((tmp_path / "both/comparison.json").read_text()))
     assert (tmp_path / "both/comparison.png").is_file()
     assert (tmp_path / "both/second/certificates.csv").is_file()
+
+
+def test_compare_refuses_different_data(ckpt, tmp_path):
+    with pytest.raises(ConfigError, match="different data"):
+        certify(f"ckpt=['{ckpt}','{npz_run(tmp_path)}']", f"output={tmp_path}/both")
+    assert not (tmp_path / "both").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -445,7 +468,11 @@ def test_bad_data_is_named_and_leaves_the_report(change, tmp_path):
         (["eps=[-0.5]"], "eps=-0.5"),
         (["eps=[half]"], "eps='half'"),
         (["data=mnist", "data.root=nowhere"], "nowhere"),
-        (["data=folder"], "data.root"),
+        (["data=folder"], "data.root is required"),
+        (["data=folder", "data.root=~/x"], "write name=value"),
+        (["model.width = 3"], "write name=value"),
+        (["model.linear=[aol,bro]"], "linear layer ['aol', 'bro']"),
+        (["output=[a,b]"], "expected one folder"),
         (["eps=null"], "eps=None"),
         (["eps=[0.1412,0.14120000001]"], "six digits"),
         (["threads=0"], "threads=0"),

@@ -230,10 +230,13 @@ def _located(error: UnknownBoundError, module: nn.Module, path: str) -> UnknownB
     """The error with path and type of the innermost module that it is about."""
     if getattr(error, "located", False):
         return error
-    located = UnknownBoundError(
-        f"{path or 'the model'} ({type(module).__name__}): {error}; replace it, give it a lipschitz_bound() by "
-        f"deriving from LipschitzModule, or state its bound with liplayers.register_bound"
-    )
+    reason = str(error)
+    if not any(mend in reason for mend in ("pass input_shape", "model.eval()", ": write x")):
+        reason += (
+            "; replace it, give it a lipschitz_bound() by deriving from LipschitzModule, "
+            "or state its bound with liplayers.register_bound"
+        )
+    located = UnknownBoundError(f"{path or 'the model'} ({type(module).__name__}): {reason}")
     located.located = True  # type: ignore[attr-defined]
     return located
 

@@ -47,6 +47,9 @@ def certify(cfg: DictConfig) -> dict[str, Any]:
     written: list[Path] = []
     for name, checkpoint in checkpoints.items():
         results[name], reports_by_name[name] = _certify_one(checkpoint, cfg, eps, device)
+    if len({report["data"]["sha256"] for report in reports_by_name.values()}) > 1:
+        raise ConfigError(f"ckpt={list(paths)}: trained for different data; certify them one at a time")
+    for name in checkpoints:
         title = f"{reports_by_name[name]['data']['name']} ({cfg.data.split})"
         written += reports.write_outputs(
             output if single else output / name,
@@ -154,7 +157,8 @@ def _names(paths: Sequence[str]) -> list[str]:
     runs = []
     for path in map(Path, paths):
         folder = path.resolve().parent
-        runs.append((folder.parent if folder.name == "checkpoints" else folder).name)
+        run = folder.parent if folder.name == "checkpoints" else folder
+        runs.append(f"{run.parent.name}-{run.name}" if run.name.isdigit() else run.name)  # a job of a sweep
     names = [run if runs.count(run) == 1 else f"{run}-{Path(path).stem}" for run, path in zip(runs, paths, strict=True)]
     return [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names)]
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from liplayers.cli.certify import certify
 from liplayers.cli.configuration import config_folder, one_line
@@ -47,6 +48,8 @@ def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         except (LipschitzError, OmegaConfBaseException) as error:
             if asked == "1":
                 raise
+            if isinstance(error, MissingMandatoryValue):
+                error = ConfigError(f"{error.full_key} is required: pass {error.full_key}=…")
             _fail(error)
 
     guarded.__name__ = config_name
@@ -54,7 +57,7 @@ def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes hydra raise, so that the message is ours
     try:
         decorate(guarded)()
-    except (HydraException, OmegaConfBaseException, OSError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
         if asked == "1":
             raise
         _fail(_config_error(error, config_name))
@@ -76,6 +79,13 @@ def _config_error(error: Exception, config_name: str) -> Exception:
         return UnknownNameError.of(f"{group} config", name, error.options or [])
     if isinstance(error, OSError):
         return ConfigError(f"{error.filename or 'a file'}: {error.strerror or error}")
+    if isinstance(error, YAMLError):
+        return ConfigError(f"not valid YAML: {one_line(error)}")
+    if isinstance(error, OverrideParseException):
+        return ConfigError(
+            f"cannot read {error.override!r}: write name=value without spaces, and quote a value with special "
+            f"characters twice: \"name='value'\""
+        )
     bad_key = re.search(r"Could not override '([^']+)'", str(error))
     if bad_key:
         return UnknownNameError.of("setting", bad_key[1], _known_keys(config_name))

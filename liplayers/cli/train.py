@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from liplayers.certification import parse_radius
-from liplayers.checkpoint import load_checkpoint
+from liplayers.checkpoint import Checkpoint, load_checkpoint
 from liplayers.cli.configuration import build, check_config, integer, one_line, plain, radii
 from liplayers.errors import ConfigError, LipschitzError, OutputError
 from liplayers.training import CertifiedClassifier, ProgressBar, SaveWhenInterrupted, Throughput
@@ -38,6 +38,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Raises:
         LipschitzError: a subclass for each cause, with a message of one line.
     """
+    if not isinstance(cfg.output, str):
+        raise ConfigError(f"output={cfg.output}: expected one folder")
     output = Path(cfg.output)
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         output = Path(HydraConfig.get().runtime.output_dir)  # one folder for each job
@@ -61,6 +63,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         config=plain(cfg),
     )
     _try_optimizer(module)
+    if cfg.resume is not None:
+        _check_resumable(load_checkpoint(cfg.resume), module, cfg.trainer.max_epochs)
     stage = "val" if data.val_fraction else "train"  # without a validation split the training samples select
     monitor = f"{stage}/{certified_name(select)}"
     best = ModelCheckpoint(output / "checkpoints", "best", monitor=monitor, mode="max", enable_version_counter=False)
@@ -69,7 +73,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         output.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(module.config), output / "config.yaml")
         parameters = sum(p.numel() for p in module.model.parameters())
-        console.print(f"training {parameters:,} parameters on {data.name}, selecting by {monitor}")
+        shape = "×".join(map(str, data.input_shape))
+        console.print(f"training {parameters:,} parameters on {data.name} ({shape}), selecting by {monitor}")
         console.print(f"writing to {output}", soft_wrap=True)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.resume, weights_only=True)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -95,11 +100,21 @@ def _check_settings(cfg: DictConfig, output: Path) -> None:
         )
 
 
+def _check_resumable(checkpoint: Checkpoint, module: CertifiedClassifier, max_epochs: int) -> None:
+    """Raise before anything is written if the weights do not fit or there is nothing left to train."""
+    checkpoint.load_into(module.model)
+    if 0 <= max_epochs <= checkpoint.epoch:
+        raise ConfigError(
+            f"{checkpoint.path} has reached epoch {checkpoint.epoch + 1}, trainer.max_epochs is {max_epochs}; "
+            f"set it higher to go on"
+        )
+
+
 def _quieten() -> None:
     """Silence what Lightning says that is not the user's to mend, or that we say already."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for noise in (".*LeafSpec.*", ".*exists and is not empty.*"):
+    for noise in (".*LeafSpec.*", ".*exists and is not empty.*", ".*your dataloader is not resumable.*"):
         warnings.filterwarnings("ignore", message=noise)
 
 

@@ -46,7 +46,10 @@ def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
             missing = [name for name in ("images", "labels") if name not in archive.files]
             if missing:
                 found = ", ".join(archive.files) or "no arrays"
-                raise DataError(f"npz data: {path} has no array {' and no '.join(missing)}; found {found}")
+                raise DataError(
+                    f"npz data: {path} has no array {' and no '.join(missing)}; found {found}; "
+                    "save them with np.savez(path, images=…, labels=…)"
+                )
             return archive["images"], archive["labels"]
     except DataError:
         raise
@@ -70,6 +73,11 @@ def _read_split(path: Path) -> Split:
         # Overflow to infinity is reported afterwards, with its place.
         with np.errstate(over="ignore"):
             images = images.astype(np.float32)
+    if images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
+        raise DataError(
+            f"npz data: images in {path} have shape {images.shape}, which looks like (N, H, W, C); "
+            "transpose them to (N, C, H, W)"
+        )
     return Split(_tensor(images), _tensor(labels.astype(np.int64)))
 
 

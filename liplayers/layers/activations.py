@@ -168,6 +168,6 @@ def get_activation(name: str | Callable[[], nn.Module]) -> nn.Module:
     """
     if callable(name):
         return name()
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise UnknownNameError.of("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]()

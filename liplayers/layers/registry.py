@@ -57,6 +57,6 @@ def get_layer(name: str | Callable[..., nn.Module], role: str) -> Callable[..., 
     if callable(name):
         return name
     known = {family.name: getattr(family, role) for family in FAMILIES.values() if getattr(family, role)}
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UnknownNameError.of(f"{role} layer", name, known)
     return known[name]

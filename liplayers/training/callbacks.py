@@ -54,6 +54,7 @@ class SaveWhenInterrupted(L.Callback):
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
+        print("\nstopping after this batch; Ctrl-C again stops at once", flush=True)
 
     def _stop_if_asked(self) -> None:
         if self._asked:
@@ -71,6 +72,9 @@ class SaveWhenInterrupted(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         trainer.save_checkpoint(self.path)
+        print(
+            f"\nstopped in epoch {trainer.current_epoch + 1}; to go on: python train.py resume={self.path}", flush=True
+        )
 
 
 class Throughput(L.Callback):
