@@ -30,6 +30,16 @@ def describe(config: dict[str, Any], input_shape: tuple[int, ...], class_names: 
     }
 
 
+def run_folder(path: str | Path) -> Path:
+    """The output folder of the run that a checkpoint belongs to.
+
+    >>> run_folder("runs/demo/checkpoints/best.ckpt").as_posix(), run_folder("runs/best.ckpt").as_posix()
+    ('runs/demo', 'runs')
+    """
+    folder = Path(path).parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint as read: the entry of `describe`, the model's tensors, the file's hash."""

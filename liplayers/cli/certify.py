@@ -15,7 +15,7 @@ from liplayers.bounds import layer_bounds
 from liplayers.certification import Certificates
 from liplayers.certification import certify as certify_model
 from liplayers.certification import report as reports
-from liplayers.checkpoint import Checkpoint, load_checkpoint
+from liplayers.checkpoint import Checkpoint, load_checkpoint, run_folder
 from liplayers.cli.configuration import build, check_config, plain, radii
 from liplayers.errors import ConfigError, UnknownNameError
 
@@ -49,8 +49,9 @@ def certify(cfg: DictConfig) -> dict[str, Any]:
         results[name], reports_by_name[name] = _certify_one(checkpoint, cfg, eps, device)
     if len({report["data"]["sha256"] for report in reports_by_name.values()}) > 1:
         raise ConfigError(f"ckpt={list(paths)}: trained for different data; certify them one at a time")
+    data_name = next(iter(reports_by_name.values()))["data"]["name"]
     for name in checkpoints:
-        title = f"{reports_by_name[name]['data']['name']} ({cfg.data.split})"
+        title = f"{data_name} ({cfg.data.split})"
         written += reports.write_outputs(
             output if single else output / name,
             {
@@ -59,9 +60,8 @@ def certify(cfg: DictConfig) -> dict[str, Any]:
                 "certified_accuracy.png": reports.figure_writer(reports.curve({name: results[name]}, title)),
             },
         )
-    data_names = sorted({report["data"]["name"] for report in reports_by_name.values()})
-    samples = sorted({len(certificates.label) for certificates in results.values()})
-    title = f"{', '.join(data_names)} ({cfg.data.split}, {', '.join(map(str, samples))} samples)"
+    samples = len(next(iter(results.values())).label)
+    title = f"{data_name} ({cfg.data.split}, {samples} samples)"
     if not single:
         summaries = {name: report["results"] for name, report in reports_by_name.items()}
         figure = reports.curve(results, title)
@@ -155,9 +155,8 @@ def _device(name: str) -> torch.device:
 def _names(paths: Sequence[str]) -> list[str]:
     """A distinct name for each checkpoint: its run folder, with the file's name where that is not enough."""
     runs = []
-    for path in map(Path, paths):
-        folder = path.resolve().parent
-        run = folder.parent if folder.name == "checkpoints" else folder
+    for path in paths:
+        run = run_folder(Path(path).resolve())
         runs.append(f"{run.parent.name}-{run.name}" if run.name.isdigit() else run.name)  # a job of a sweep
     names = [run if runs.count(run) == 1 else f"{run}-{Path(path).stem}" for run, path in zip(runs, paths, strict=True)]
     return [n if names.count(n) == 1 else f"{n}-{i}" for i, n in enumerate(names)]
@@ -166,6 +165,4 @@ def _names(paths: Sequence[str]) -> list[str]:
 def _default_output(checkpoints: Sequence[Checkpoint], split: str) -> Path:
     if len(checkpoints) > 1:
         return Path("runs") / f"comparison-{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    folder = checkpoints[0].path.parent
-    run = folder.parent if folder.name == "checkpoints" else folder
-    return run / f"certify-{checkpoints[0].path.stem}-{split}"
+    return run_folder(checkpoints[0].path) / f"certify-{checkpoints[0].path.stem}-{split}"

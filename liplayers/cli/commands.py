@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -15,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from liplayers.checkpoint import run_folder
 from liplayers.cli.certify import certify
 from liplayers.cli.configuration import config_folder, one_line
 from liplayers.cli.train import train
@@ -26,9 +26,7 @@ def train_command() -> None:
     arguments = sys.argv[1:]
     resume = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), None)
     if resume not in (None, "null") and not any(a.startswith(("output=", "hydra.run.dir=")) for a in arguments):
-        folder = Path(resume).parent
-        folder = folder.parent if folder.name == "checkpoints" else folder
-        sys.argv.append(f"output='{folder}'")  # a resumed run goes on in its own folder
+        sys.argv.append(f"output='{run_folder(resume)}'")  # a resumed run goes on in its own folder
     run("train", train)
 
 
