@@ -46,7 +46,7 @@ class BjorckLinear(LipschitzLinear):
     True
     """
 
-    def __init__(self, *args: Any, iterations: int = 12, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, iterations: int = 8, **kwargs: Any) -> None:
         check_positive(self, iterations=iterations)
         super().__init__(*args, **kwargs)
         self.iterations = iterations
@@ -83,7 +83,7 @@ class BjorckConv2d(KernelConv2d):
     torch.Size([1, 8, 9, 7])
     """
 
-    def __init__(self, *args: Any, iterations: int = 12, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, iterations: int = 8, **kwargs: Any) -> None:
         check_positive(self, iterations=iterations)
         super().__init__(*args, **kwargs)
         self.iterations = iterations

@@ -33,13 +33,6 @@ def _rank(features: int, rank_ratio: float) -> int:
     return max(1, round(features * rank_ratio))
 
 
-def _reflector(V: Tensor, rows: int, columns: int) -> Tensor:
-    """The upper left rows × columns block of I − 2V(VᴴV)⁻¹Vᴴ."""
-    Y = block_reflector(V)
-    eye = torch.eye(rows, columns, dtype=Y.dtype, device=Y.device)
-    return eye - 2 * Y[..., :rows, :] @ Y[..., :columns, :].mH
-
-
 def _reset(module: LipschitzLinear | FourierConv2d, square: bool) -> None:
     raw = module.raw
     with torch.no_grad():
@@ -93,7 +86,7 @@ class BROLinear(LipschitzLinear):
         _reset(self, self.in_features == self.out_features)
 
     def map_weight(self, raw: Tensor) -> Tensor:
-        return _reflector(raw, self.out_features, self.in_features)
+        return block_reflector(raw, self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank_ratio={self.rank_ratio}"
@@ -143,7 +136,7 @@ class BROConv2d(FourierConv2d):
         _reset(self, self._unshuffled[0] == self.out_channels)
 
     def map_transfer(self, transfer: Tensor) -> Tensor:
-        return _reflector(transfer, self.out_channels, self._unshuffled[0])
+        return block_reflector(transfer, self.out_channels, self._unshuffled[0])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank_ratio={self.rank_ratio}"

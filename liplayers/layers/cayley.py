@@ -19,10 +19,10 @@ from liplayers.linalg.orthogonal import cayley
 __all__ = ["CayleyConv2d", "CayleyLinear"]
 
 
-def _rescale(P: Tensor, raw: Tensor, gain: Tensor) -> Tensor:
-    """P·gain/‖raw‖_F, with P linear in raw."""
+def _rescale(raw: Tensor, gain: Tensor) -> Tensor:
+    """raw·gain/‖raw‖_F."""
     norm = torch.linalg.vector_norm(raw)
-    return P * (gain / torch.where(norm > 0, norm, 1))
+    return raw * (gain / torch.where(norm > 0, norm, 1))
 
 
 def _reset(module: LipschitzLinear | FourierConv2d) -> None:
@@ -66,7 +66,7 @@ class CayleyLinear(LipschitzLinear):
         _reset(self)
 
     def map_weight(self, raw: Tensor, gain: Tensor) -> Tensor:
-        return cayley(_rescale(raw, raw, gain))
+        return cayley(_rescale(raw, gain))
 
 
 class CayleyConv2d(FourierConv2d):
@@ -97,16 +97,15 @@ class CayleyConv2d(FourierConv2d):
 
     raw_names = ("raw", "gain")
 
-    def raw_shape(self) -> tuple[int, ...]:
-        channels, kh, kw = self._unshuffled
-        return (self.out_channels, channels, kh, kw)
-
     def reset_parameters(self) -> None:
         """Gaussian P, the gain equal to its norm, no bias."""
         _reset(self)
 
-    def map_transfer(self, transfer: Tensor, gain: Tensor) -> Tensor:
-        return cayley(_rescale(transfer, self.raw_values()[0], gain))
+    def map_kernel(self, raw: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
+        return _rescale(raw, gain)
+
+    def map_transfer(self, transfer: Tensor) -> Tensor:
+        return cayley(transfer)
 
 
 register(Family("cayley", linear=CayleyLinear, conv=CayleyConv2d, orthogonal=frozenset({"linear", "conv"})))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from liplayers.errors import ArgumentError, ShapeError
 from liplayers.layers.base import ParametrizedModule, check_positive
 from liplayers.linalg.convolution import orthogonal_taps_
-from liplayers.linalg.fourier import from_spectrum, spectrum, transfer_matrix
+from liplayers.linalg.fourier import fast_size, fourier_multiply, transfer_matrix
 
 Size2d = int | tuple[int, int]
 
@@ -214,10 +214,10 @@ def run_conv2d(x: Tensor, kernel: Tensor, bias: Tensor | None, conv: LipschitzCo
 class FourierConv2d(LipschitzConv2d):
     """A convolution that is a contraction at each frequency; subclasses implement `map_transfer`.
 
-    The image is zero-padded as asked, pixel-unshuffled by the stride, transformed, multiplied at each frequency by
-    W(ω) with ‖W(ω)‖ ≤ 1, transformed back and cropped to the size that torch's convolution would have. Embedding and
-    cropping are contractions, so the whole is one, for every image size; with circular padding nothing is cropped at
-    stride 1 and an orthogonal W(ω) gives an orthogonal layer.
+    The image is zero-padded as asked (and on to a size that transforms quickly), pixel-unshuffled by the stride,
+    transformed, multiplied at each frequency by W(ω) with ‖W(ω)‖ ≤ 1, transformed back and cropped to the size that
+    torch's convolution would have. Embedding and cropping are contractions, so the whole is one, for every image size;
+    with circular padding nothing is cropped at stride 1 and an orthogonal W(ω) gives an orthogonal layer.
     """
 
     def _check_arguments(self) -> None:
@@ -225,7 +225,7 @@ class FourierConv2d(LipschitzConv2d):
         if self.groups != 1 or self.dilation != (1, 1):
             raise ArgumentError(
                 f"{type(self).__name__}: groups={self.groups}, dilation={self.dilation}; this family supports only "
-                f"groups=1 and dilation=1; AOLConv2d and BjorckConv2d support both"
+                f"groups=1 and dilation=1; AOLConv2d and AOCConv2d support both"
             )
 
     @property
@@ -234,40 +234,62 @@ class FourierConv2d(LipschitzConv2d):
         (kh, kw), (sh, sw) = self.kernel_size, self.stride
         return self.in_channels * sh * sw, math.ceil(kh / sh), math.ceil(kw / sw)
 
-    map_transfer: Callable[..., Any]
-    """(transfer matrices of the raw kernel, (H, W//2 + 1, ·, ·), *other raw parameters) → W(ω) for `apply_transfer`."""
+    def raw_shape(self) -> tuple[int, ...]:
+        channels, kh, kw = self._unshuffled
+        return (self.out_channels, channels, kh, kw)
 
-    def apply_transfer(self, weight: Any, X: Tensor) -> Tensor:
-        """Multiply a spectrum (H, W//2 + 1, in, B) by the layer's map; the result has out_channels channels."""
-        return weight @ X
+    def reset_parameters(self) -> None:
+        """One orthogonal centre tap, no bias."""
+        orthogonal_taps_(self.raw, (1, 1))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
-    def compute_effective(self, height: int, width: int) -> Any:
-        raw, *rest = self.raw_values()
-        return self.map_transfer(transfer_matrix(raw, (height, width)), *rest)
+    def map_kernel(self, raw: Tensor, *rest: Tensor) -> Tensor:
+        """The kernel whose transfer matrices `map_transfer` gets; `raw` as it is unless overridden."""
+        return raw
+
+    map_transfer: Callable[[Tensor], Tensor]
+    """Transfer matrices of the kernel, (H, W//2 + 1, ·, ·) → W(ω), (H, W//2 + 1, out, in·s²)."""
+
+    def compute_effective(self, height: int, width: int) -> Tensor:
+        kernel = self.map_kernel(*self.raw_values())
+        return self.map_transfer(transfer_matrix(kernel, (height, width)))
+
+    def _unshuffle(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
+        """The pixel-unshuffled image, the grid that it is convolved on, and where on it the output begins.
+
+        Where the image lies on the torus does not matter: it stays at the origin, with as many rows of padding before
+        it as the phase of the stride needs, and the output begins at a negative position if it must.
+        """
+        grid, start, pads = [], [], []
+        for n, k, (before, after), s in zip(x.shape[-2:], self.kernel_size, self._pads, self.stride, strict=True):
+            if self.padding_mode == "circular":
+                grid.append(n // s)
+                start.append(max(0, (k - 1) // 2 - before) // s)
+                pads.append((0, 0))
+            else:
+                grid.append(fast_size(math.ceil((before + n + after) / s)))
+                start.append((k - 1) // 2 // s - before // s)
+                pads.append((before % s, -(before % s + n) % s))
+        x = F.pad(x, (*pads[1], *pads[0])) if any(map(any, pads)) else x
+        sh, sw = self.stride
+        x = rearrange(x, "n c (h a) (w b) -> n (c a b) h w", a=sh, b=sw)
+        return x, (grid[0], grid[1]), (start[0], start[1])
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
         batched = x.dim() == 4
-        out_h, out_w = self.output_size(*x.shape[-2:])
+        out = self.output_size(*x.shape[-2:])
         y = x if batched else x[None]
         y = y.to(torch.promote_types(y.dtype, torch.float32))  # no transform exists in half precision
-        sh, sw = self.stride
-        top, left = (
-            max(0, (k - 1) // 2 - (before if self.padding_mode == "circular" else 0)) // s
-            for k, (before, _), s in zip(self.kernel_size, self._pads, self.stride, strict=True)
-        )
-        if self.padding_mode == "zeros":
-            (pad_top, pad_bottom), (pad_left, pad_right) = self._pads
-            bottom, right = (
-                -(n + sum(pad)) % s for n, pad, s in zip(y.shape[-2:], self._pads, self.stride, strict=True)
-            )
-            y = F.pad(y, (pad_left, pad_right + right, pad_top, pad_bottom + bottom))
-        y = rearrange(y, "n c (h a) (w b) -> n (c a b) h w", a=sh, b=sw)
-        size = (y.shape[-2], y.shape[-1])
+        y, grid, (top, left) = self._unshuffle(y)
+        inside = top >= 0 and left >= 0
         with torch.autocast(x.device.type, enabled=False):
-            weight = self.effective(*size)
-            y = from_spectrum(self.apply_transfer(weight, spectrum(y)), size)
-        y = y[..., top : top + out_h, left : left + out_w].to(x.dtype)
+            weight = self.effective(*grid)
+            y = fourier_multiply(y, weight, grid, (top + out[0], left + out[1]) if inside else grid)
+        if not inside:
+            y, top, left = y.roll((-top, -left), (-2, -1)), 0, 0
+        y = y[..., top : top + out[0], left : left + out[1]].to(x.dtype)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)[:, None, None]
         return y if batched else y[0]

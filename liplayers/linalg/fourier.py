@@ -7,22 +7,44 @@ frequency. For real images the frequencies with 0 ≤ w ≤ W/2 determine the re
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from einops import einsum
+from einops import rearrange
 from torch import Tensor
+
+_CHUNK = 16  # images transformed at a time on the CPU: their spectra are transposed while they are in its cache
+
+
+Grid = tuple[int, int]
+
+
+def fast_size(size: int) -> int:
+    """The smallest integer of at least `size` without prime factors above 5, which transforms quickly.
+
+    >>> fast_size(32), fast_size(34)
+    (32, 36)
+    """
+    while True:
+        rest = size
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return size
+        size += 1
 
 
 def _dft(taps: int, frequencies: int, size: int, like: Tensor) -> Tensor:
-    """exp(−2πi·f·(t − centre)/size) as (taps, frequencies)."""
+    """exp(−2πi·f·(t − centre)/size) as (frequencies, taps)."""
     t = torch.arange(taps, device=like.device) - (taps - 1) // 2
     f = torch.arange(frequencies, device=like.device)
     # the product is reduced modulo the size while it is an exact integer: no error grows with f·t
-    angle = (t[:, None] * f[None, :] % size).to(like.dtype) * (-2 * math.pi / size)
+    angle = (f[:, None] * t[None, :] % size).to(like.dtype) * (-2 * math.pi / size)
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def transfer_matrix(kernel: Tensor, size: tuple[int, int]) -> Tensor:
+def transfer_matrix(kernel: Tensor, size: Grid) -> Tensor:
     """The transfer matrices of the circular convolution with `kernel` on a grid of `size`.
 
     K̂(ω) = Σ_t K_t exp(−i⟨ω, t⟩), taps counted from the kernel's centre. A kernel larger than the grid wraps around.
@@ -37,18 +59,103 @@ def transfer_matrix(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     >>> transfer_matrix(torch.ones(1, 1, 1, 1), (4, 5)).shape
     torch.Size([4, 3, 1, 1])
     """
-    kh, kw = kernel.shape[-2:]
+    out, channels, kh, kw = kernel.shape[-4:]
     rows = _dft(kh, size[0], size[0], kernel)
     columns = _dft(kw, size[1] // 2 + 1, size[1], kernel)
-    partial = einsum(kernel.to(rows.dtype), columns, "... o i a b, b w -> ... o i a w")
-    return einsum(partial, rows, "... o i a w, a h -> ... h w o i")
+    basis = (rows[:, None, :, None] * columns[None, :, None, :]).flatten(2).flatten(0, 1)  # (H·K, kh·kw)
+    taps = rearrange(kernel, "... o i a b -> ... (a b) (o i)").to(basis.dtype)
+    return (basis @ taps).unflatten(-1, (out, channels)).unflatten(-3, (size[0], -1))
 
 
-def spectrum(x: Tensor) -> Tensor:
-    """Half spectrum of real images, frequencies first: (B, C, H, W) → (H, W//2 + 1, C, B)."""
-    return torch.fft.rfft2(x).permute(2, 3, 1, 0)
+def _spectrum(x: Tensor, grid: Grid) -> Tensor:
+    """Half spectrum of real images at the origin of a grid of zeros: (B, C, h, w) → (H, W//2 + 1, C, B)."""
+    step = _CHUNK if x.device.type == "cpu" else max(1, len(x))
+    chunks = [torch.fft.rfft2(part, s=grid).permute(2, 3, 1, 0) for part in x.split(step)]
+    return torch.cat(chunks, -1).contiguous()
 
 
-def from_spectrum(X: Tensor, size: tuple[int, int]) -> Tensor:
-    """Inverse of `spectrum` for images of `size`: (H, W//2 + 1, C, B) → (B, C, H, W)."""
-    return torch.fft.irfft2(X.permute(3, 2, 0, 1), s=size)
+def _from_spectrum(X: Tensor, grid: Grid, size: Grid) -> Tensor:
+    """The first h × w pixels of the images with the half spectrum X: (H, W//2 + 1, C, B) → (B, C, h, w)."""
+    step = _CHUNK if X.device.type == "cpu" else max(1, X.shape[-1])
+    chunks = [torch.fft.irfft2(part.permute(3, 2, 0, 1), s=grid) for part in X.split(step, -1)]
+    return torch.cat([image[..., : size[0], : size[1]] for image in chunks])
+
+
+def _multiply(x: Tensor, transfer: Tensor, grid: Grid, size: Grid) -> Tensor:
+    return _from_spectrum(transfer @ _spectrum(x, grid), grid, size)
+
+
+class _FourierMultiply(torch.autograd.Function):
+    """`_multiply` with its adjoint written out: torch's derivative of rfft2 transforms the whole complex spectrum.
+
+    The adjoints of rfft2 and irfft2 are each other's up to a factor for each frequency, which cancels in the gradient
+    of x: it is the convolution with the adjoint transfer matrices.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, transfer: Tensor, grid: Grid, size: Grid) -> tuple[Tensor, Tensor]:
+        X = _spectrum(x, grid)
+        return _from_spectrum(transfer @ X, grid, size), X
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, transfer, ctx.grid, ctx.size = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, transfer, output[1])
+        ctx.save_for_forward(x, transfer)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, transfer, X = ctx.saved_tensors
+        G = _spectrum(gradient, ctx.grid)
+        size = (x.shape[-2], x.shape[-1])
+        grad_x = _from_spectrum(transfer.mH @ G, ctx.grid, size) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None
+        if torch.is_grad_enabled():
+            X = _spectrum(x, ctx.grid)  # in terms of x, so that this may be differentiated again
+        return grad_x, G @ X.mH * _multiplicity(ctx.grid, gradient), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, d_transfer: Tensor | None, *_: None) -> tuple[Tensor, None]:  # type: ignore[override]
+        x, transfer = ctx.saved_tensors
+        parts = []
+        if dx is not None:
+            parts.append(_multiply(dx, transfer, ctx.grid, ctx.size))
+        if d_transfer is not None:
+            parts.append(_multiply(x, d_transfer, ctx.grid, ctx.size))
+        return sum(parts[1:], parts[0]), None
+
+
+def _multiplicity(grid: Grid, like: Tensor) -> Tensor:
+    """How often each frequency of the half spectrum stands in the whole one, over H·W, as (W//2 + 1, 1, 1)."""
+    height, width = grid
+    count = torch.full((width // 2 + 1, 1, 1), 2.0, dtype=like.dtype, device=like.device)
+    count[0] = 1
+    if width % 2 == 0:
+        count[-1] = 1
+    return count / (height * width)
+
+
+def fourier_multiply(x: Tensor, transfer: Tensor, grid: Grid, size: Grid) -> Tensor:
+    """Circular convolution with given transfer matrices, irfft2(Ŵ(ω)·rfft2(x)), of images at the origin of a grid.
+
+    Args:
+        x: (B, in, h, w), real; zeros fill it up to the grid.
+        transfer: (H, W//2 + 1, out, in), complex, of a real convolution: Ŵ(−ω) is the conjugate of Ŵ(ω).
+        grid: (H, W), at least (h, w).
+        size: how many rows and columns of the result to keep, from the origin.
+
+    Returns:
+        (B, out, *size).
+
+    >>> x = torch.randn(2, 3, 4, 5)
+    >>> y = fourier_multiply(x, torch.eye(3, dtype=torch.cfloat).expand(6, 4, 3, 3), (6, 6), (4, 5))
+    >>> torch.allclose(y, x, atol=1e-6)
+    True
+    """
+    if torch.compiler.is_compiling():
+        return _multiply(x, transfer, grid, size)
+    return _FourierMultiply.apply(x, transfer, grid, size)[0]
