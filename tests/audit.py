@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from liplayers import FAMILIES
 from liplayers.errors import ArgumentError
 from liplayers.layers.base import ParametrizedModule
+from liplayers.layers.registry import ROLES
 
 DENSE_LIMIT = 600
 Map = Callable[[Tensor], Tensor]
@@ -246,7 +247,7 @@ def of_role(*roles: str) -> list[tuple[str, str]]:
     return [(f.name, r) for f in FAMILIES.values() for r in roles if getattr(f, r) is not None]
 
 
-EVERY = of_role("linear", "conv", "dense_block", "conv_block")
+EVERY = of_role(*ROLES)
 
 
 def accepts(make: Callable, name: str) -> bool:
@@ -278,7 +279,7 @@ def example(family: str, role: str, dtype: torch.dtype | None = None, **kwargs: 
     torch.manual_seed(0)
     if role == "linear":
         return make(6, 4, dtype=dtype, **kwargs), (6,)
-    if role == "conv":
+    if role in ("conv", "conv_transpose"):
         return make(3, 4, 3, padding=1, dtype=dtype, **kwargs), (3, 5, 6)
     return make(6, dtype=dtype, **kwargs), (6,) if role == "dense_block" else (6, 5, 6)
 

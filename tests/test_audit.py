@@ -205,6 +205,68 @@ def test_conv_norm_and_shape(
         assert_within_bound(layer, (inputs, *image), False, dtype)
 
 
+# in, out, kernel, image, then the arguments of nn.ConvTranspose2d
+TRANSPOSED: list[tuple[int, int, Any, tuple[int, int], dict[str, Any]]] = [
+    (2, 3, 3, (4, 5), {}),
+    (5, 1, 3, (3, 4), {"padding": 1, "bias": False}),
+    (1, 5, 2, (3, 2), {"stride": 2}),
+    (3, 2, 4, (3, 4), {"stride": 2, "padding": 1}),
+    (2, 3, (3, 2), (4, 3), {"stride": (2, 1), "padding": (1, 0), "output_padding": (1, 0)}),
+    (2, 2, 3, (3, 3), {"stride": 3, "output_padding": 2}),
+    (4, 6, 3, (3, 4), {"groups": 2, "stride": 2, "padding": 1, "output_padding": 1}),
+    (2, 2, 3, (4, 4), {"dilation": 2, "padding": 2, "output_padding": 1}),
+    (2, 2, 3, (3, 4), {"dilation": 3, "stride": 2, "padding": 1}),
+    (2, 2, 2, (3, 4), {"dilation": 2, "stride": 2}),
+    (2, 2, 2, (3, 4), {"stride": 3}),
+]  # fmt: skip
+
+
+@every("conv_transpose")
+@pytest.mark.parametrize(("inputs", "outputs", "kernel", "image", "arguments"), TRANSPOSED, ids=str)
+def test_conv_transpose_norm_and_shape(
+    family: str, role: str, inputs: int, outputs: int, kernel: Any, image: tuple, arguments: dict
+):
+    for dtype in (torch.float64, torch.float32):
+        layer = construct(FAMILIES[family].conv_transpose, inputs, outputs, kernel, dtype=dtype, **arguments)
+        if layer is None:
+            assert "dilation" in arguments, "refuses a plain transposed convolution"
+            return
+        theirs = nn.ConvTranspose2d(inputs, outputs, kernel, dtype=dtype, **arguments)
+        assert layer.weight.shape == theirs.weight.shape
+        x = torch.randn(2, inputs, *image, dtype=dtype)
+        assert layer(x).shape == theirs(x).shape
+        assert layer(x[0]).shape == theirs(x[0]).shape
+        assert_within_bound(layer, (inputs, *image), False, dtype)
+
+
+@every("conv_transpose")
+def test_conv_transpose_is_the_adjoint_of_the_convolution(family: str, role: str):
+    geometry: dict[str, Any] = {"stride": 2, "padding": 1, "bias": False, "dtype": torch.float64}
+    back = FAMILIES[family].conv_transpose(4, 3, 3, output_padding=1, **geometry)
+    forth = FAMILIES[family].conv(3, 4, 3, **geometry)
+    perturb(back)
+    forth.load_state_dict(back.adjoint.state_dict())
+    x, y = torch.randn(1, 3, 8, 6, dtype=torch.float64), torch.randn(1, 4, 4, 3, dtype=torch.float64)
+    torch.testing.assert_close((forth(x) * y).sum(), (x * back(y)).sum())
+
+
+@every("conv_transpose")
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"padding_mode": "circular"}, "padding_mode"),
+        ({"output_padding": 1}, "output_padding"),
+        ({"groups": 2}, "groups"),
+        ({"padding": -1}, "padding"),
+    ],
+)
+def test_conv_transpose_refuses_by_name(family: str, role: str, arguments: dict, name: str):
+    with pytest.raises(ValueError, match=name) as caught:
+        FAMILIES[family].conv_transpose(3, 4, 3, **arguments)
+    assert isinstance(caught.value, LipschitzError)
+    assert "\n" not in str(caught.value)
+
+
 ISOMETRIES = [
     (3, 3, 3, (4, 5), {"padding": 1}),
     (2, 5, 3, (5, 3), {"padding": "same"}),
@@ -456,7 +518,8 @@ def test_gradients_are_finite_at_every_extreme_setting(family: str, role: str, d
         layer.zero_grad()
         with torch.enable_grad():
             y = layer(x)
-            y.square().mean().backward()
+            # a bound that grows with the parameters would overflow the square, not the layer
+            (y / max(1.0, bound_of(layer))).square().mean().backward()
         found = [n for n, p in layer.named_parameters() if not torch.isfinite(p.grad).all()]
         if found or not torch.isfinite(y).all():
             broken.append(f"{setting}: {found or 'output'}")
@@ -632,13 +695,14 @@ def test_device_and_dtype_arguments(family: str, role: str):
 @REGISTERED
 def test_repr_shows_what_the_constructor_took(family: str, role: str):
     make = getattr(FAMILIES[family], role)
-    sizes = {"linear": (6, 5), "conv": (6, 5, 3), "dense_block": (6,), "conv_block": (6,)}[role]
-    text = repr(make(*sizes))
+    sizes = {"linear": (6, 5), "conv": (6, 5, 3), "conv_transpose": (6, 5, 3)}.get(role, (6,))
+    text = make(*sizes).extra_repr()
+    assert text in " ".join(repr(make(*sizes)).split())
     assert all(str(size) in text for size in sizes)
     if accepts(make, "bias"):
-        assert "bias=False" in repr(make(*sizes, bias=False))
+        assert "bias=False" in make(*sizes, bias=False).extra_repr()
         assert "bias=False" not in text
-    if accepts(make, "padding_mode"):
+    if accepts(make, "padding_mode") and role != "conv_transpose":
         assert "circular" in repr(make(*sizes, padding_mode="circular"))
     for name, value in [("hidden_features", 11), ("hidden_channels", 13)]:
         if accepts(make, name):
@@ -652,6 +716,7 @@ def test_a_size_that_is_no_positive_integer_is_refused_by_name(family: str, role
     names = {
         "linear": ("in_features", "out_features"),
         "conv": ("in_channels", "out_channels", "kernel_size"),
+        "conv_transpose": ("in_channels", "out_channels", "kernel_size"),
         "dense_block": ("features",),
         "conv_block": ("channels",),
     }[role]
@@ -672,6 +737,7 @@ def test_gradcheck(family: str, role: str):
     small: dict[str, tuple] = {
         "linear": ((3, 2), (3,)),
         "conv": ((2, 2, 2), (2, 3, 3)),
+        "conv_transpose": ((2, 2, 2), (2, 3, 3)),
         "dense_block": ((3,), (3,)),
         "conv_block": ((2,), (2, 3, 3)),
     }
@@ -716,6 +782,8 @@ def test_initial_gain_neither_decays_nor_explodes(family: str, role: str):
         layer, x = make(32, 32), torch.randn(64, 32)
     elif role == "conv":
         layer, x = make(8, 8, 3, padding=1), torch.randn(8, 8, 9, 9)
+    elif role == "conv_transpose":
+        layer, x = make(8, 8, 2, stride=2), torch.randn(8, 8, 5, 5)
     else:
         layer, x = make(8), torch.randn(64, 8, *([9, 9] if role == "conv_block" else []))
     y = outputs(layer, x)

@@ -57,9 +57,17 @@ UPPER = {
     "max k=s": nn.MaxPool2d(2),
     "max k>s": nn.MaxPool2d(3, stride=1),
     "max dilated": nn.MaxPool2d(2, stride=2, dilation=2),
+    "adaptive max": nn.AdaptiveMaxPool2d((3, 2)),
+    "adaptive max overlapping": nn.AdaptiveMaxPool2d((4, 5)),
+    "adaptive max enlarging": nn.AdaptiveMaxPool2d((8, None)),
+    "l2 pool": nn.LPPool2d(2, (2, 3)),
     "relu": nn.ReLU(),
     "leaky relu": nn.LeakyReLU(3.0),
     "sigmoid": nn.Sigmoid(),
+    "gelu": nn.GELU(),
+    "silu": nn.SiLU(),
+    "prelu": nn.PReLU(4, init=1.7),
+    "rrelu": nn.RReLU(0.5, 2.0),
     "conv": conv(),
     "conv padded": conv(padding=2),
     "conv strided": conv(stride=2, padding=1),
@@ -80,7 +88,7 @@ def test_rule_is_the_norm(name):
 @pytest.mark.parametrize("name", UPPER)
 def test_rule_bounds_the_norm(name):
     module = UPPER[name]
-    assert lp.lipschitz_bound(module.double(), (4, 6, 6)) * (1 + 1e-9) >= jacobian_norm(module, (4, 6, 6))
+    assert lp.lipschitz_bound(module.double().eval(), (4, 6, 6)) * (1 + 1e-9) >= jacobian_norm(module, (4, 6, 6))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -162,8 +170,10 @@ def in_place(self, x):
     ("model", "named"),
     [
         (nn.Sequential(nn.ReLU(), nn.LayerNorm(4)), "1 (LayerNorm)"),
-        (nn.Sequential(nn.Sequential(nn.GELU())), "0.0 (GELU)"),
-        (nn.Sequential(nn.SiLU()), "0 (SiLU)"),
+        (nn.Sequential(nn.Sequential(nn.Hardshrink())), "0.0 (Hardshrink)"),
+        (nn.Sequential(nn.Threshold(0.1, 0.0)), "0 (Threshold)"),
+        (nn.Sequential(nn.SiLU(inplace=True)), "0 (SiLU)"),
+        (nn.Sequential(nn.RReLU()), "0 (RReLU)"),
         (nn.Sequential(nn.Softplus(threshold=0)), "0 (Softplus)"),
         (nn.Sequential(nn.Dropout()), "0 (Dropout)"),
         (nn.Sequential(nn.BatchNorm2d(4)), "0 (BatchNorm2d)"),
@@ -171,6 +181,8 @@ def in_place(self, x):
         (nn.Sequential(conv(padding=2, padding_mode="circular")), "0 (Conv2d)"),
         (nn.Sequential(conv(padding=1, stride=2, padding_mode="circular")), "0 (Conv2d)"),
         (nn.Sequential(nn.AdaptiveAvgPool2d(4)), "0 (AdaptiveAvgPool2d)"),
+        (nn.Sequential(nn.AdaptiveMaxPool2d(4)), "0 (AdaptiveMaxPool2d)"),
+        (nn.Sequential(nn.LPPool2d(2, 2, ceil_mode=True)), "0 (LPPool2d)"),
         (nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), "the model (ParametrizedLinear)"),
         (forward_of(lambda self, x: x * x), "1 (Foreign)"),
         (forward_of(lambda self, x: x.exp()), "'exp'"),

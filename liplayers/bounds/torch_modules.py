@@ -74,14 +74,47 @@ def _avg_pool(module: nn.AvgPool2d, shape: Shape | None) -> float:
     return weight * _overlaps(module)
 
 
-def _adaptive_avg_pool(module: nn.AdaptiveAvgPool2d, shape: Shape | None) -> float:
+def _adaptive_sizes(module: nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d, shape: Shape | None) -> list[tuple[int, int]]:
+    """(size of the image, size of the output) for height and width; an output size of None is that of the image."""
     if shape is None:
         raise UnknownBoundError("its bound depends on the image size: pass input_shape")
-    target = module.output_size if isinstance(module.output_size, tuple) else (module.output_size,) * 2
-    sizes = [(n, out or n) for n, out in zip(shape[-2:], target, strict=True)]
+    target: Any = module.output_size
+    target = target if isinstance(target, (tuple, list)) else (target, target)
+    return [(n, out or n) for n, out in zip(shape[-2:], target, strict=True)]
+
+
+def _adaptive_avg_pool(module: nn.AdaptiveAvgPool2d, shape: Shape | None) -> float:
+    sizes = _adaptive_sizes(module, shape)
     if any(n % out for n, out in sizes):
-        raise UnknownBoundError(f"output size {target} does not divide the image {shape[-2:]}: windows overlap")
+        image, target = zip(*sizes, strict=True)
+        raise UnknownBoundError(f"output size {target} does not divide the image {image}: windows overlap")
     return 1 / math.sqrt(math.prod(n // out for n, out in sizes))
+
+
+def _adaptive_max_pool(module: nn.AdaptiveMaxPool2d, shape: Shape | None) -> float:
+    if module.return_indices:
+        raise UnknownBoundError("return_indices=True")
+    return math.sqrt(math.prod(_windows_on_a_pixel(n, out) for n, out in _adaptive_sizes(module, shape)))
+
+
+def _windows_on_a_pixel(size: int, windows: int) -> int:
+    """How many of the windows [⌊i·n/w⌋, ⌈(i + 1)·n/w⌉) of adaptive pooling meet in one pixel, along one axis."""
+    meeting = [0] * size
+    for i in range(windows):
+        for pixel in range(i * size // windows, -(-(i + 1) * size // windows)):
+            meeting[pixel] += 1
+    return max(meeting)
+
+
+def _lp_pool(module: nn.LPPool2d, shape: Shape | None) -> float:
+    kernel = _pair(module.kernel_size)
+    stride = kernel if module.stride is None else _pair(module.stride)
+    # with ceil_mode torch scales a patch cut by the border as if it were whole
+    if module.norm_type != 2 or kernel != stride or module.ceil_mode:
+        raise UnknownBoundError(
+            "known are norm_type=2 with stride=kernel_size and ceil_mode=False; use liplayers.L2Pool2d"
+        )
+    return 1.0
 
 
 def _batch_norm(module: nn.BatchNorm2d, shape: Shape | None) -> float:
@@ -91,10 +124,27 @@ def _batch_norm(module: nn.BatchNorm2d, shape: Shape | None) -> float:
     return (scale if module.weight is None else scale * module.weight.double()).abs().max().item()
 
 
-def _dropout(module: nn.Dropout, shape: Shape | None) -> float:
+def _refuse_randomness(module: nn.Module) -> None:
     if module.training:
         raise UnknownBoundError("it is random in training mode: call model.eval()")
+
+
+def _dropout(module: nn.Dropout, shape: Shape | None) -> float:
+    _refuse_randomness(module)
     return 1.0
+
+
+def _entrywise(module: nn.Module) -> float | None:
+    """The largest slope in absolute value; None for what has no slope range."""
+    if type(module) is nn.RReLU:
+        _refuse_randomness(module)
+    slopes = slope_range(module)
+    if slopes is None:
+        return None
+    bound = max(abs(slopes[0]), abs(slopes[1]))
+    if bound > 1 and getattr(module, "inplace", False):
+        raise UnknownBoundError("inplace=True with slopes above 1 also changes other uses of its input")
+    return bound
 
 
 RULES: dict[type[nn.Module], Rule] = {
@@ -110,6 +160,8 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.MaxPool2d: _max_pool,
     nn.AvgPool2d: _avg_pool,
     nn.AdaptiveAvgPool2d: _adaptive_avg_pool,
+    nn.AdaptiveMaxPool2d: _adaptive_max_pool,
+    nn.LPPool2d: _lp_pool,
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
     nn.Dropout: _dropout,
@@ -125,10 +177,4 @@ def torch_bound(module: nn.Module, shape: Shape | None) -> float | None:
     if rule is not None:
         with torch.no_grad():
             return rule(module, shape)
-    slopes = slope_range(module)
-    if slopes is None:
-        return None
-    bound = max(abs(slopes[0]), abs(slopes[1]))
-    if bound > 1 and getattr(module, "inplace", False):
-        raise UnknownBoundError("inplace=True with slopes above 1 also changes other uses of its input")
-    return bound
+    return _entrywise(module)

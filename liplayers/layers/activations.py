@@ -6,23 +6,36 @@ none: they are 1-Lipschitz as maps of the whole vector, which is not enough for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from liplayers.errors import ArgumentError, UnknownNameError
-from liplayers.layers.base import LipschitzModule, check_positive
+from liplayers.errors import ArgumentError, ShapeError, UnknownNameError
+from liplayers.layers.base import LipschitzModule, ParametrizedModule, check_positive
 
-__all__ = ["ACTIVATIONS", "Abs", "GroupSort", "MaxMin", "get_activation", "require_slope_range", "slope_range"]
+__all__ = [
+    "ACTIVATIONS",
+    "Abs",
+    "BetaAbs",
+    "GroupSort",
+    "Householder",
+    "MaxMin",
+    "get_activation",
+    "require_slope_range",
+    "slope_range",
+]
 
 
 class MaxMin(LipschitzModule):
     r"""(a, b) ↦ (max(a, b), min(a, b)) for the halves a, b of the channels: a gradient-norm-preserving activation.
 
     Channel i is paired with channel i + ⌊C/2⌋; of an odd number the last passes unchanged. It permutes the entries
-    of its input, hence preserves norms. Signal gain 1.
+    of its input, hence preserves norms; 1-Lipschitz as a map of the pair, without a slope range. Any number of
+    channels and dimensions. Cost: two elementwise operations. Signal gain at initialisation: 1, as always.
 
     Args:
         dim: the channel dimension.
@@ -54,6 +67,9 @@ class MaxMin(LipschitzModule):
 
 class GroupSort(LipschitzModule):
     r"""Sort the channels within groups of `group_size` neighbours, ascending; a shorter last group is sorted too.
+
+    y = Px with a permutation P that depends on x: norm-preserving, 1-Lipschitz by the rearrangement inequality, without
+    a slope range. Cost: one sort of each group. Signal gain at initialisation: 1, as always.
 
     Args:
         group_size: channels in a group; None sorts all of them.
@@ -95,7 +111,11 @@ class GroupSort(LipschitzModule):
 
 
 class Abs(LipschitzModule):
-    """The absolute value of each entry; preserves norms, slope range [−1, 1].
+    """The absolute value of each entry, y = |x|; 1-Lipschitz, preserves norms, slope range [−1, 1].
+
+    Any shape. Cost: one elementwise operation. Signal gain at initialisation: 1, as always.
+
+    Source: Anil, Lucas & Grosse 2019, arXiv 1811.05381.
 
     >>> Abs()(torch.tensor([-1.0, 2.0]))
     tensor([1., 2.])
@@ -108,8 +128,168 @@ class Abs(LipschitzModule):
         return 1.0
 
 
-# torch's Softplus is not here: above its threshold it turns linear with a small jump, so it is not even continuous.
-_SLOPE_RANGES: dict[type[nn.Module], Callable] = {
+class BetaAbs(LipschitzModule):
+    r"""β-abs: y_i = |x_i| on the first round(βC) channels, y_i = x_i on the rest.
+
+    Nonlinear and 1-Lipschitz, preserves norms, slope range [−1, 1]; any shape, no parameters. β = 0 is the identity,
+    β = 1 is `Abs`, and β = ½ is `MaxMin` between two rotations by 45° where C is even. Cost: one elementwise operation
+    on a part of the channels. Signal gain at initialisation: 1, as always.
+
+    Args:
+        beta: the share of the channels, in [0, 1]; halves of a channel are rounded to the even number.
+        dim: the channel dimension.
+
+    Shape:
+        any, unchanged.
+
+    Raises:
+        ArgumentError: beta outside [0, 1].
+
+    Source: Hu et al. 2026, arXiv 2601.18513.
+
+    >>> BetaAbs(0.5)(torch.tensor([[-1.0, -2.0, -3.0, -4.0]]))
+    tensor([[ 1.,  2., -3., -4.]])
+    """
+
+    def __init__(self, beta: float = 0.5, dim: int = 1) -> None:
+        super().__init__()
+        if not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
+            raise ArgumentError(f"BetaAbs: beta={beta!r}; expected a number in [0, 1]")
+        self.beta = beta
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.shape[self.dim]
+        folded = round(self.beta * channels)
+        head, rest = x.split([folded, channels - folded], self.dim)
+        return torch.cat([head.abs(), rest], self.dim)
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}, dim={self.dim}"
+
+
+class Householder(ParametrizedModule):
+    r"""Learnable Householder activation: pairs of channels are folded along lines through the origin.
+
+    A fold with angle θ, v = (sin θ/2, −cos θ/2), takes z = (a, b) to z + 2·max(0, −vᵀz)·v: the identity on the side
+    vᵀz ≥ 0 of the line at angle θ/2, the reflection (cos θ, sin θ; sin θ, −cos θ) on the other. The two agree on the
+    line. Nonlinear and 1-Lipschitz, without a slope range; it preserves norms up to the rounding of v. That is done in
+    float32 at least whatever the input's precision, and v is shortened by more than its rounding error: ‖v‖ ≤ 1, so
+    that I − 2vvᵀ with its eigenvalues 1 and 1 − 2‖v‖² ≥ −1 is a contraction, and the bound 1, for every finite θ.
+
+    `order` folds follow each other. θ = π/2 is `MaxMin`, where the first fold starts; each further one starts where it
+    halves the wedge that the folds before it leave (at π/2 it would meet no input). The paper's order 2 has three
+    angles, for four sectors of which opposite ones add up to π; two folds are those with two neighbours equal.
+
+    Channel i is paired with channel i + ⌊C/2⌋ as in `MaxMin`; of an odd number the last passes unchanged. Any number
+    of dimensions. Cost: about seven elementwise operations a fold on half the channels. Signal gain at initialisation:
+    1, as for every θ.
+
+    Args:
+        channels: C.
+        order: the number of folds.
+        dim: the channel dimension.
+        device, dtype: of the parameter `theta`, (order, ⌊C/2⌋).
+
+    Shape:
+        any with C channels, unchanged.
+
+    Raises:
+        ArgumentError: channels or order below 1.
+        ShapeError: an input with another number of channels.
+
+    Source: Singla, Singla & Feizi 2022, arXiv 2108.04062.
+
+    >>> Householder(3)(torch.tensor([[1.0, 4.0, -9.0]])).detach().round(decimals=4)
+    tensor([[ 4.,  1., -9.]])
+    """
+
+    raw_names = ("theta",)
+
+    def __init__(
+        self,
+        channels: int,
+        order: int = 1,
+        dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(self, channels=channels, order=order)
+        self.channels = channels
+        self.order = order
+        self.dim = dim
+        self.theta = nn.Parameter(torch.empty(order, channels // 2, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """θ = π/2, 3π/2, 2π, …: each fold halves the wedge that is left."""
+        for k, angles in enumerate(self.theta.detach()):
+            angles.fill_(math.pi * (2.5 - 2 / 2**k))
+
+    def compute_effective(self) -> Tensor:
+        (theta,) = self.raw_values()
+        half_angle = theta.double() / 2
+        v = torch.stack([half_angle.sin(), -half_angle.cos()], 1)
+        return ((1 - 3 * torch.finfo(theta.dtype).eps) * v).to(theta.dtype)  # sin and cos are off by 2ε at most
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[self.dim] != self.channels:
+            raise ShapeError(
+                f"Householder: got an input of shape {tuple(x.shape)}; expected {self.channels} channels in "
+                f"dimension {self.dim}"
+            )
+        half = self.channels // 2
+        a, b, rest = x.split([half, half, self.channels - 2 * half], self.dim)
+        behind = [1] * (x.dim() - 1 - self.dim % x.dim())
+        for p, q in self.effective().view(self.order, 2, half, *behind):
+            excess = 2 * F.relu(-(p * a + q * b))  # the distance to the mirror image, 0 on the side that stays
+            a, b = a + excess * p, b + excess * q
+        return torch.cat([a.to(x.dtype), b.to(x.dtype), rest], self.dim)
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, order={self.order}, dim={self.dim}"
+
+
+Slopes = tuple[float, float]
+
+
+def _hull(*slopes: float) -> Slopes | None:
+    """The least range that contains the given slopes; None where one is not finite."""
+    return (min(slopes), max(slopes)) if all(map(math.isfinite, slopes)) else None
+
+
+def _prelu(module: nn.PReLU) -> Slopes | None:
+    """Of all channels, for the weight as it is now: a block that needs the range asks again for each bound."""
+    weights = [module.weight.detach()]
+    device = weights[0].device.type
+    if torch.is_autocast_enabled(device):
+        weights.append(weights[0].to(torch.get_autocast_dtype(device)))  # as it runs
+    return _hull(1.0, *(slope for w in weights for slope in w.flatten().tolist()))
+
+
+def _rrelu(module: nn.RReLU) -> Slopes | None:
+    """In training the slopes are drawn anew for each call: then it is not even a function."""
+    return None if module.training else _hull(1.0, (module.lower + module.upper) / 2)
+
+
+# Infimum and supremum of the derivative (the mean value theorem makes them those of the difference quotients). For
+# GELU, the derivative at ∓√2; else at the two roots of the second derivative, found in 40 digits with mpmath: ±1.418504
+# (GELU with tanh), ±2.399357 (SiLU), −2.256376 and 1.490571 (Mish). Rounded outward in the seventh decimal.
+_GELU = {"none": (-0.1289042, 1.1289042), "tanh": (-0.1289931, 1.1289931)}
+_SILU = (-0.0998394, 1.0998394)
+_MISH = (-0.1125262, 1.0884982)
+_SELU = (0.0, 1.7580994)  # scale·α on the left of 0, where the slope jumps to scale = 1.0507…
+
+# Not here: Threshold and Hardshrink, which jump, and torch's Softplus, which is log1p(exp(βx))/β up to its threshold
+# and x beyond, a jump down by log1p(exp(−threshold))/β: 2e-9 in float64 with the defaults.
+_SLOPE_RANGES: dict[type[nn.Module], Callable[..., Slopes | None]] = {
     nn.Identity: lambda m: (1.0, 1.0),
     nn.ReLU: lambda m: (0.0, 1.0),
     nn.ReLU6: lambda m: (0.0, 1.0),
@@ -121,15 +301,25 @@ _SLOPE_RANGES: dict[type[nn.Module], Callable] = {
     nn.Softshrink: lambda m: (0.0, 1.0),
     nn.Tanhshrink: lambda m: (0.0, 1.0),
     nn.Hardsigmoid: lambda m: (0.0, 1 / 6),
-    nn.ELU: lambda m: (min(0.0, m.alpha), max(1.0, m.alpha)),
-    nn.CELU: lambda m: (0.0, 1.0) if m.alpha > 0 else None,
-    nn.LeakyReLU: lambda m: (min(1.0, m.negative_slope), max(1.0, m.negative_slope)),
+    nn.Hardswish: lambda m: (-0.5, 1.5),  # (2x + 3)/6 for |x| < 3
+    nn.ELU: lambda m: _hull(0.0, 1.0, m.alpha),
+    nn.CELU: lambda m: (0.0, 1.0) if 0 < m.alpha < math.inf else None,
+    nn.SELU: lambda m: _SELU,
+    nn.GELU: lambda m: _GELU.get(m.approximate),
+    nn.SiLU: lambda m: _SILU,
+    nn.Mish: lambda m: _MISH,
+    nn.LeakyReLU: lambda m: _hull(1.0, m.negative_slope),
+    nn.PReLU: _prelu,
+    nn.RReLU: _rrelu,
     Abs: lambda m: (-1.0, 1.0),
+    BetaAbs: lambda m: (-1.0, 1.0),
 }
 
 
-def slope_range(activation: nn.Module) -> tuple[float, float] | None:
+def slope_range(activation: nn.Module) -> Slopes | None:
     """The slope range (m, β) of an entrywise activation; None if it has none or none is known.
+
+    It holds for the parameters, the mode and the autocast context that the activation is in.
 
     >>> slope_range(nn.LeakyReLU(0.1)), slope_range(MaxMin())
     ((0.1, 1.0), None)
@@ -154,6 +344,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "groupsort": GroupSort,
     "fullsort": lambda: GroupSort(None),
     "abs": Abs,
+    "beta_abs": BetaAbs,
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
     "identity": nn.Identity,

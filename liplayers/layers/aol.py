@@ -11,12 +11,12 @@ from einops import rearrange
 from torch import Tensor
 
 from liplayers.layers.base import LipschitzLinear
-from liplayers.layers.conv import KernelConv2d
+from liplayers.layers.conv import KernelConv2d, LipschitzConvTranspose2d
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.convolution import autocorrelation, polyphase, tap_phases
 from liplayers.linalg.norms import gram
 
-__all__ = ["AOLConv2d", "AOLLinear"]
+__all__ = ["AOLConv2d", "AOLConvTranspose2d", "AOLLinear"]
 
 
 def _unit_scale(P: Tensor) -> Tensor:
@@ -35,8 +35,8 @@ def safe_rsqrt(row_sums: Tensor) -> Tensor:
 class AOLLinear(LipschitzLinear):
     r"""Dense layer, a contraction: W = P·diag(Σ_j |PᵀP|_ij)^(−1/2), or the same on the rows if they are fewer.
 
-    The proof: diag(d) − PᵀP is diagonally dominant, hence positive semidefinite. Not orthogonal in general; the
-    gain of a signal is 1 at initialisation, where P is orthogonal.
+    The proof: diag(d) − PᵀP is diagonally dominant, hence positive semidefinite. Not orthogonal in general. Signal
+    gain at initialisation is 1 (P orthogonal). Cost: one Gram matrix.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
@@ -65,7 +65,7 @@ class AOLConv2d(KernelConv2d):
 
     Holds for zero padding of any width, minimal circular padding, every stride, dilation and group count. Where the
     outputs are fewer than the inputs (times the stride's area) they are rescaled instead. Signal gain at
-    initialisation is 1 (one orthogonal tap).
+    initialisation is 1 (one orthogonal tap). Cost: one autocorrelation of the kernel.
 
     Args:
         in_channels … dtype: as in `torch.nn.Conv2d`; padding_mode "zeros" or "circular".
@@ -95,4 +95,19 @@ class AOLConv2d(KernelConv2d):
         return P * scale[..., tap_phases(kh, sh, dh), :][..., tap_phases(kw, sw, dw)]
 
 
-register(Family("aol", linear=AOLLinear, conv=AOLConv2d))
+class AOLConvTranspose2d(LipschitzConvTranspose2d):
+    """The adjoint of an `AOLConv2d`, a contraction with the signature of `torch.nn.ConvTranspose2d`.
+
+    Stride, dilation, groups and output_padding as in torch; zero padding only. Signal gain at initialisation is 1 at
+    most. Cost and errors as `AOLConv2d`.
+
+    Source: Prach & Lampert 2022, arXiv 2208.03160.
+
+    >>> AOLConvTranspose2d(8, 3, 4, stride=2, padding=1)(torch.randn(1, 8, 5, 5)).shape
+    torch.Size([1, 3, 10, 10])
+    """
+
+    family = AOLConv2d
+
+
+register(Family("aol", linear=AOLLinear, conv=AOLConv2d, conv_transpose=AOLConvTranspose2d))

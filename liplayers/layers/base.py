@@ -56,11 +56,13 @@ class LipschitzModule(nn.Module):
 class ParametrizedModule(LipschitzModule):
     """A module whose effective weight is a pure function of its raw parameters.
 
-    Subclasses list the names of those parameters in `raw_names` and implement `compute_effective(*key)`, which returns
-    a tensor or a tuple of tensors; `effective(*key)` calls it with autocast off, in float32 at least, and caches.
+    Subclasses state the shapes of those parameters in `raw_shapes` and implement `compute_effective(*key)`, which
+    returns a tensor or a tuple of tensors; `effective(*key)` calls it with autocast off, in float32 at least, and
+    caches.
     """
 
     raw_names: tuple[str, ...] = ("raw",)
+    raw: nn.Parameter
     constant_bound = True  # whatever the raw parameters are
     _cache: dict[tuple, tuple[tuple[int, ...], Any]]  # key → (versions of the value's tensors, value)
     _raw_seen: list[Tensor]  # copies of the raw parameters that the cache was computed from
@@ -70,6 +72,16 @@ class ParametrizedModule(LipschitzModule):
         self._forget()
 
     compute_effective: Callable[..., Any]
+
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each raw parameter, "raw" first."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement raw_shapes()")
+
+    def _make_raw(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        shapes = self.raw_shapes()
+        self.raw_names = tuple(shapes)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
 
     def effective(self, *key: Any) -> Any:
         """The effective weight; `key` holds what else it depends on (the grid of a Fourier layer).
@@ -171,12 +183,12 @@ class LipschitzLinear(ParametrizedModule):
         check_positive(self, in_features=in_features, out_features=out_features)
         self.in_features = in_features
         self.out_features = out_features
-        self.raw = nn.Parameter(torch.empty(self.raw_shape(), device=device, dtype=dtype))
+        self._make_raw(device, dtype)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
-    def raw_shape(self) -> tuple[int, int]:
-        return (self.out_features, self.in_features)
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"raw": (self.out_features, self.in_features)}
 
     def reset_parameters(self) -> None:
         """An orthogonal raw matrix, no bias."""

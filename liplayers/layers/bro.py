@@ -77,9 +77,9 @@ class BROLinear(LipschitzLinear):
         self.rank_ratio = rank_ratio
         super().__init__(*args, **kwargs)
 
-    def raw_shape(self) -> tuple[int, int]:
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
         n = max(self.in_features, self.out_features)
-        return (n, _rank(n, self.rank_ratio))
+        return {"raw": (n, _rank(n, self.rank_ratio))}
 
     def reset_parameters(self) -> None:
         """Quasi-residual V = I + noise where square, Gaussian V elsewhere, no bias."""
@@ -126,10 +126,10 @@ class BROConv2d(FourierConv2d):
         self.rank_ratio = rank_ratio
         super().__init__(*args, **kwargs)
 
-    def raw_shape(self) -> tuple[int, ...]:
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
         channels, kh, kw = self._unshuffled
         n = max(channels, self.out_channels)
-        return (n, _rank(n, self.rank_ratio), kh, kw)
+        return {"raw": (n, _rank(n, self.rank_ratio), kh, kw)}
 
     def reset_parameters(self) -> None:
         """Quasi-residual V = I + noise where square, Gaussian V elsewhere, no bias."""

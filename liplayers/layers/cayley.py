@@ -29,9 +29,7 @@ def _reset(module: LipschitzLinear | FourierConv2d) -> None:
     fan = module.raw.shape[0] + module.raw.shape[1]
     nn.init.normal_(module.raw, std=math.sqrt(2 / (fan * math.prod(module.raw.shape[2:]))))
     norm = torch.linalg.vector_norm(module.raw.detach().float()).to(module.raw.dtype)
-    if "gain" not in module._parameters:
-        module.register_parameter("gain", nn.Parameter(norm))
-    module.get_parameter("gain").data.copy_(norm)  # in place: an optimizer may hold it already
+    module.get_parameter("gain").data.copy_(norm)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
 
@@ -59,7 +57,8 @@ class CayleyLinear(LipschitzLinear):
     True
     """
 
-    raw_names = ("raw", "gain")
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {**super().raw_shapes(), "gain": ()}
 
     def reset_parameters(self) -> None:
         """Gaussian P, the gain equal to its norm, no bias."""
@@ -95,7 +94,8 @@ class CayleyConv2d(FourierConv2d):
     True
     """
 
-    raw_names = ("raw", "gain")
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {**super().raw_shapes(), "gain": ()}
 
     def reset_parameters(self) -> None:
         """Gaussian P, the gain equal to its norm, no bias."""

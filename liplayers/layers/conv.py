@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError, ShapeError
-from liplayers.layers.base import ParametrizedModule, check_positive
+from liplayers.layers.base import LipschitzModule, ParametrizedModule, check_positive
 from liplayers.linalg.convolution import orthogonal_taps_
 from liplayers.linalg.fourier import fast_size, fourier_multiply, transfer_matrix
 
@@ -69,7 +69,7 @@ class LipschitzConv2d(ParametrizedModule):
         self._effective_size = tuple(d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
         self._pads = self._resolve_padding()
         self._check_arguments()
-        self.raw = nn.Parameter(torch.empty(self.raw_shape(), device=device, dtype=dtype))
+        self._make_raw(device, dtype)
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
@@ -108,8 +108,8 @@ class LipschitzConv2d(ParametrizedModule):
                         f"at most {k - 1} in all keeps the norm at 1; use padding={(k - 1) // 2} or 'same'"
                     )
 
-    def raw_shape(self) -> tuple[int, ...]:
-        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"raw": (self.out_channels, self.in_channels // self.groups, *self.kernel_size)}
 
     def reset_parameters(self) -> None:
         """One orthogonal block at the centre of the kernel, no bias."""
@@ -157,16 +157,17 @@ class LipschitzConv2d(ParametrizedModule):
 class KernelConv2d(LipschitzConv2d):
     """A convolution that runs an explicit kernel; subclasses implement `map_kernel`.
 
-    `map_kernel` gets the raw parameters, the first as (groups, out/groups, in/groups, kh, kw), and returns a kernel of
-    that shape whose convolution, with this stride and dilation, has norm ≤ 1 on the infinite grid.
+    `map_kernel` gets the raw parameters, a first one of four dimensions as (groups, out/groups, in/groups, kh, kw), and
+    returns a kernel of that shape whose convolution, with this stride and dilation, has norm ≤ 1 on the infinite grid.
     """
 
     map_kernel: Callable[..., Tensor]
 
     def _mapped(self) -> Tensor:
         raw, *rest = self.raw_values()
-        grouped = rearrange(raw, "(g o) i a b -> g o i a b", g=self.groups)
-        return rearrange(self.map_kernel(grouped, *rest), "g o i a b -> (g o) i a b")
+        if raw.dim() == 4:
+            raw = rearrange(raw, "(g o) i a b -> g o i a b", g=self.groups)
+        return rearrange(self.map_kernel(raw, *rest), "g o i a b -> (g o) i a b")
 
     def compute_effective(self) -> Tensor:
         return self._mapped().to(self.raw.dtype)
@@ -189,6 +190,89 @@ class KernelConv2d(LipschitzConv2d):
             error = exact.to(self.raw.dtype).to(dtype).double() - exact
         # the norm of a convolution is at most the sum of its taps' norms
         return 1.0 + torch.linalg.matrix_norm(error, dim=(0, 1)).sum().item()
+
+
+class LipschitzConvTranspose2d(LipschitzModule):
+    """The adjoint of a convolution of `family`, with the arguments of `torch.nn.ConvTranspose2d`.
+
+    The adjoint of a contraction is one; output_padding only adds positions of the larger image that it is the adjoint
+    on. The raw parameters are those of the convolution from out_channels to in_channels, held as `adjoint`.
+    """
+
+    family: type[KernelConv2d]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d = 0,
+        output_padding: Size2d = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Size2d = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        check_positive(self, in_channels=in_channels, out_channels=out_channels, groups=groups)
+        if padding_mode != "zeros":
+            raise ArgumentError(f"{name}: padding_mode={padding_mode!r}; a transposed convolution has only 'zeros'")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = pair(self, "kernel_size", kernel_size, 1)
+        self.stride = pair(self, "stride", stride, 1)
+        self.padding = pair(self, "padding", padding, 0)
+        self.output_padding = pair(self, "output_padding", output_padding, 0)
+        self.groups = groups
+        self.dilation = pair(self, "dilation", dilation, 1)
+        self.padding_mode = padding_mode
+        for extra, s, d in zip(self.output_padding, self.stride, self.dilation, strict=True):
+            if extra >= max(s, d):
+                raise ArgumentError(
+                    f"{name}: output_padding={output_padding}; it must be smaller than the stride or the dilation"
+                )
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, groups, False)
+        try:
+            self.adjoint = self.family(out_channels, in_channels, *geometry, device=device, dtype=dtype)
+        except ArgumentError as error:
+            raise ArgumentError(f"{name}: {error}") from None
+        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As the convolution's; no bias."""
+        self.adjoint.reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective kernel, (in_channels, out_channels/groups, kh, kw), as torch's conv_transpose2d takes it."""
+        return self.adjoint.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise ShapeError(
+                f"{type(self).__name__}: got an input of shape {tuple(x.shape)}; expected "
+                f"(N, {self.in_channels}, H, W) or ({self.in_channels}, H, W)"
+            )
+        geometry = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        return F.conv_transpose2d(x, self.weight, self.bias, *geometry)
+
+    def lipschitz_bound(self) -> float:
+        return self.adjoint.lipschitz_bound()
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        defaults = {"padding": (0, 0), "output_padding": (0, 0), "dilation": (1, 1), "groups": 1}
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)!r}"
+        return text + (", bias=False" if self.bias is None else "")
 
 
 def wrap(owner: object, x: Tensor, pads: tuple[tuple[int, int], tuple[int, int]]) -> Tensor:
@@ -234,9 +318,9 @@ class FourierConv2d(LipschitzConv2d):
         (kh, kw), (sh, sw) = self.kernel_size, self.stride
         return self.in_channels * sh * sw, math.ceil(kh / sh), math.ceil(kw / sw)
 
-    def raw_shape(self) -> tuple[int, ...]:
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
         channels, kh, kw = self._unshuffled
-        return (self.out_channels, channels, kh, kw)
+        return {"raw": (self.out_channels, channels, kh, kw)}
 
     def reset_parameters(self) -> None:
         """One orthogonal centre tap, no bias."""

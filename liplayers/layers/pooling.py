@@ -1,4 +1,4 @@
-"""Pooling without overlap and resampling, each 1-Lipschitz. `lipschitz_bound` knows torch's own pooling too."""
+"""Pooling without overlap, patches, channel padding, each 1-Lipschitz; `lipschitz_bound` knows torch's own pooling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from liplayers.errors import ArgumentError, ShapeError
 from liplayers.layers.base import LipschitzModule, check_positive
 from liplayers.layers.conv import Size2d, pair
 
-__all__ = ["AvgPool2d", "GlobalL2Pool2d", "L2Pool2d", "MaxPool2d", "PadChannels"]
+__all__ = ["AvgPool2d", "GlobalL2Pool2d", "L2Pool2d", "MaxPool2d", "PadChannels", "Patchify2d"]
 
 
 class _Pool2d(LipschitzModule):
@@ -45,6 +45,9 @@ class _Pool2d(LipschitzModule):
 class AvgPool2d(_Pool2d):
     r"""Average pooling scaled to norm 1: y = (Σ_patch x)/√|patch|, √|patch| times torch's average.
 
+    A linear contraction (a projection onto the patches' means, orthogonal in its rows) for images of every size. Cost:
+    one sum over each patch. Signal gain at initialisation: 1 for constant patches, 1/√|patch| for white noise.
+
     Args:
         kernel_size: an integer or a pair.
         stride: None or equal to kernel_size.
@@ -54,6 +57,9 @@ class AvgPool2d(_Pool2d):
 
     Raises:
         ArgumentError: a stride other than kernel_size.
+        ShapeError: an image smaller than a patch.
+
+    Source: torch's average pooling; the factor as in Serrurier et al. 2021 (arXiv 2006.06520).
 
     >>> AvgPool2d(2)(torch.ones(1, 1, 2, 2))
     tensor([[[[2.]]]])
@@ -68,6 +74,8 @@ class AvgPool2d(_Pool2d):
 
 class L2Pool2d(_Pool2d):
     r"""ℓ2 pooling, y = √(Σ_patch x²): preserves the norm; 1-Lipschitz by the triangle inequality in each patch.
+
+    Nonlinear, for images of every size. Cost: one norm of each patch. Signal gain at initialisation: 1, as always.
 
     Arguments, shape and errors as `AvgPool2d`. The gradient at an all-zero patch is taken as 0.
 
@@ -85,9 +93,14 @@ class L2Pool2d(_Pool2d):
 
 
 class MaxPool2d(_Pool2d):
-    r"""Max pooling over disjoint patches: 1-Lipschitz, since each patch's maximum is.
+    r"""Max pooling over disjoint patches, y = max_patch x: 1-Lipschitz, since each patch's maximum is.
+
+    Nonlinear, does not preserve norms; for images of every size. Cost: one maximum over each patch. Signal gain at
+    initialisation: 1 for a lone peak in each patch, 1/√|patch| for constant patches.
 
     Arguments, shape and errors as `AvgPool2d`.
+
+    Source: in 1-Lipschitz networks, Prach et al. 2023, arXiv 2311.16833.
 
     >>> MaxPool2d(2)(torch.arange(4.0).view(1, 1, 2, 2))
     tensor([[[[3.]]]])
@@ -102,6 +115,9 @@ class MaxPool2d(_Pool2d):
 
 class GlobalL2Pool2d(LipschitzModule):
     r"""y_c = √(Σ_hw x²_chw), one number for each channel of an image of any size; preserves the norm.
+
+    Nonlinear and 1-Lipschitz, as `L2Pool2d`. Cost: one norm of each channel. Signal gain at initialisation: 1, as
+    always.
 
     Shape:
         (N, C, H, W) → (N, C).
@@ -120,10 +136,20 @@ class GlobalL2Pool2d(LipschitzModule):
 
 
 class PadChannels(LipschitzModule):
-    r"""Append channels of zeros, or cut channels off, along dimension 1: an isometry or a projection.
+    r"""Append channels of zeros, or cut channels off, along dimension 1: y = [x; 0], an isometry, or a projection.
+
+    Linear. Cost: one copy, or none. Signal gain at initialisation: 1, or √(out/in) on average where channels are cut.
 
     Args:
         channels: of the output.
+
+    Shape:
+        (N, C, *) → (N, channels, *).
+
+    Raises:
+        ArgumentError: channels below 1.
+
+    Source: the zero padding of channels as in residual networks (He et al. 2016, arXiv 1512.03385).
 
     >>> PadChannels(3)(torch.ones(1, 2)), PadChannels(1)(torch.ones(1, 2))
     (tensor([[1., 1., 0.]]), tensor([[1.]]))
@@ -145,3 +171,48 @@ class PadChannels(LipschitzModule):
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
+
+
+class Patchify2d(LipschitzModule):
+    r"""Patches become channels: y_{(c, a, b), h, w} = x_{c, h·p_h + a, w·p_w + b}, an isometry for every image.
+
+    Linear and orthogonal, a permutation of the entries: torch's `PixelUnshuffle`, which takes square patches only, with
+    its order of channels. An orthogonal 1×1 convolution after it is an orthogonal patch embedding. Cost: one copy.
+    Signal gain at initialisation: 1, as always.
+
+    Args:
+        patch_size: an integer or a pair.
+
+    Shape:
+        (*, C, H, W) → (*, C·p_h·p_w, H/p_h, W/p_w).
+
+    Raises:
+        ArgumentError: a patch_size below 1.
+        ShapeError: an image that the patch does not divide.
+
+    Source: Shi et al. 2016, arXiv 1609.05158 (the inverse of their pixel shuffle).
+
+    >>> Patchify2d((1, 2))(torch.arange(4.0).view(1, 1, 1, 4))
+    tensor([[[[0., 2.]],
+    <BLANKLINE>
+             [[1., 3.]]]])
+    """
+
+    def __init__(self, patch_size: Size2d) -> None:
+        super().__init__()
+        self.patch_size = pair(self, "patch_size", patch_size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ph, pw = self.patch_size
+        if x.dim() < 3 or x.shape[-2] % ph or x.shape[-1] % pw:
+            raise ShapeError(
+                f"Patchify2d: patch_size={self.patch_size} does not divide the image of an input of shape "
+                f"{tuple(x.shape)}; expected (N, C, H, W), H a multiple of {ph} and W of {pw}: crop or pad the image"
+            )
+        return rearrange(x, "... c (h a) (w b) -> ... (c a b) h w", a=ph, b=pw)
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+    def extra_repr(self) -> str:
+        return f"patch_size={self.patch_size}"

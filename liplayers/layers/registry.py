@@ -9,21 +9,22 @@ from torch import nn
 
 from liplayers.errors import ArgumentError, UnknownNameError
 
-ROLES = ("linear", "conv", "dense_block", "conv_block")
+ROLES = ("linear", "conv", "conv_transpose", "dense_block", "conv_block")
 
 
 @dataclass(frozen=True)
 class Family:
     """One family of layers.
 
-    `linear` and `conv` have the signatures of nn.Linear and nn.Conv2d; `dense_block(features)` and
-    `conv_block(channels)` keep the shape of their input. `orthogonal` lists the roles whose map is orthogonal (for
-    "conv", with circular padding).
+    `linear`, `conv` and `conv_transpose` have the signatures of nn.Linear, nn.Conv2d and nn.ConvTranspose2d;
+    `dense_block(features)` and `conv_block(channels)` keep the shape of their input. `orthogonal` lists the roles whose
+    map is orthogonal for all parameters (for "conv", with circular padding).
     """
 
     name: str
     linear: Callable[..., nn.Module] | None = None
     conv: Callable[..., nn.Module] | None = None
+    conv_transpose: Callable[..., nn.Module] | None = None
     dense_block: Callable[..., nn.Module] | None = None
     conv_block: Callable[..., nn.Module] | None = None
     orthogonal: frozenset[str] = frozenset()
@@ -44,7 +45,7 @@ def get_layer(name: str | Callable[..., nn.Module], role: str) -> Callable[..., 
 
     Args:
         name: a registered family ("bro"), or a class or function to use instead.
-        role: one of "linear", "conv", "dense_block", "conv_block".
+        role: one of "linear", "conv", "conv_transpose", "dense_block", "conv_block".
 
     Raises:
         UnknownNameError: no family of that name has that role.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def gram(W: Tensor) -> Tensor:
@@ -17,11 +20,53 @@ def frobenius_norm(W: Tensor) -> Tensor:
     return torch.linalg.vector_norm(entries, dim=-1)
 
 
+class _GramIteration(torch.autograd.Function):
+    """The bound is the Schatten norm (Σσ^q)^(1/q), q = 2^(T+1), whose gradient is W(WᴴW)^(q/2−1) up to a factor.
+
+    That power is the product of the iterates; the factor follows from ⟨gradient, W⟩ = bound.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(W: Tensor, iterations: int) -> tuple[Tensor, ...]:
+        norm = frobenius_norm(W)
+        zero = norm == 0
+        scale = torch.where(zero, 1, norm)
+        G = W / scale[..., None, None]
+        iterates = []
+        log_ratio = torch.zeros_like(scale)  # of the bound to the Frobenius norm: small, so its rounding is too
+        for step in range(1, iterations + 1):
+            G = gram(G)
+            norm = torch.where(zero, 1, frobenius_norm(G))
+            G = G / norm[..., None, None]
+            iterates.append(G)
+            log_ratio = log_ratio + norm.log() / 2**step
+        return torch.where(zero, 0, scale * log_ratio.exp()), scale, *iterates
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(inputs[0], *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        W, bound, scale, *iterates = ctx.saved_tensors
+        unit = W / scale[..., None, None]
+        D = unit
+        for G in iterates:
+            D = G @ D if W.shape[-2] < W.shape[-1] else D @ G
+        inner = (unit.conj() * D).real.sum((-2, -1))
+        factor = gradient * bound / scale / torch.where(inner > 0, inner, 1)
+        return D * factor[..., None, None], None
+
+
 def gram_iteration_bound(W: Tensor, iterations: int = 8) -> Tensor:
     """Upper bound on the spectral norm by Gram iteration: ‖W‖ ≤ ‖G_T‖_F^(1/2^T), G_0 = W, G_{t+1} = G_tᴴG_t.
 
     Each step halves the logarithm of the overestimate: at most n^(1/2^(T+1)) in all. The iterates are rescaled to
-    unit Frobenius norm so that they neither overflow nor vanish. Differentiable.
+    unit Frobenius norm so that they neither overflow nor vanish. Differentiable once.
 
     Args:
         W: (..., m, n).
@@ -35,18 +80,7 @@ def gram_iteration_bound(W: Tensor, iterations: int = 8) -> Tensor:
     >>> round(gram_iteration_bound(torch.diag(torch.tensor([2.0, 1.0])), 6).item(), 4)
     2.0
     """
-    norm = frobenius_norm(W)
-    zero = norm == 0
-    scale = torch.where(zero, 1, norm)
-    W = W / scale[..., None, None]
-    log_ratio = torch.zeros_like(scale)  # of the bound to the Frobenius norm: small, so its rounding is too
-    for step in range(1, iterations + 1):
-        W = gram(W)
-        norm = frobenius_norm(W)
-        safe = torch.where(zero, 1, norm)
-        W = W / safe[..., None, None]
-        log_ratio = log_ratio + safe.log() / 2**step
-    return torch.where(zero, 0, scale * log_ratio.exp())
+    return _GramIteration.apply(W, iterations)[0]
 
 
 def spectral_norm_bound(W: Tensor) -> Tensor:

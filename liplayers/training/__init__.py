@@ -1,9 +1,10 @@
-"""Training: the Lightning module, callbacks, schedules."""
+"""Training: the Lightning module, callbacks, schedules, an optimiser."""
 
 from liplayers.training.callbacks import EpsilonRamp as EpsilonRamp
 from liplayers.training.callbacks import ProgressBar as ProgressBar
 from liplayers.training.callbacks import SaveWhenInterrupted as SaveWhenInterrupted
 from liplayers.training.callbacks import Throughput as Throughput
+from liplayers.training.manifold import ManifoldAdamW as ManifoldAdamW
 from liplayers.training.module import CertifiedClassifier as CertifiedClassifier
 from liplayers.training.schedules import constant as constant
 from liplayers.training.schedules import triangular as triangular

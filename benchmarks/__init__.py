@@ -1,0 +1,1 @@
+"""Measurements of the layers: `python -m benchmarks.layers --help`."""

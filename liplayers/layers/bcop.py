@@ -1,0 +1,197 @@
+"""Orthogonal convolutions with an explicit kernel: BCOP and AOC.
+
+BCOP composes an orthogonal matrix with pairs of complementary projectors, one shift each (Li et al. 2019,
+arXiv 1911.00937). AOC composes such a kernel with one of stride s and size s, whose matrix is orthogonal, which gives
+strides, dilation and groups natively (Boissin et al. 2025, arXiv 2501.08120).
+
+Differs from the public code: orthogonal matrices and projectors come from Cholesky factorisations in float64 instead
+of a few Björck iterations, and the raw parameters start where the kernel is a single orthogonal tap.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from liplayers.errors import ArgumentError
+from liplayers.layers.base import fill_orthogonal_
+from liplayers.layers.conv import KernelConv2d, LipschitzConvTranspose2d
+from liplayers.layers.registry import Family, register
+from liplayers.linalg.orthogonal import cholesky_orthogonal, projector
+
+__all__ = ["AOCConv2d", "AOCConvTranspose2d", "BCOPConv2d"]
+
+
+def compose_projector(kernel: Tensor, P: Tensor, axis: int, backwards: bool) -> Tensor:
+    """`kernel` after the convolution with the taps (P, I − P) along an axis, or (I − P, P) if `backwards`.
+
+    Args:
+        kernel: (groups, out, in, kh, kw).
+        P: (groups, in, in), a projector.
+        axis: −2 or −1.
+
+    Returns:
+        (groups, out, in, kh, kw) with one more tap along the axis; a composition with an orthogonal convolution.
+    """
+    first = torch.einsum("goiab,gij->gojab", kernel, P)
+    second = kernel - first
+    if backwards:
+        first, second = second, first
+    pad = [0, 0, 0, 0]
+    side = 0 if axis == -1 else 2
+    after, before = list(pad), list(pad)
+    after[side + 1] = before[side] = 1
+    return nn.functional.pad(first, after) + nn.functional.pad(second, before)
+
+
+class AOCConv2d(KernelConv2d):
+    r"""Orthogonal convolution with an explicit k × k kernel: K = M_s ∘ Π_i(P_i, I − P_i), for every stride s ≤ k.
+
+    M_s is a convolution of size and stride s whose matrix is orthogonal; each pair of taps (P, I − P) of a projector of
+    rank ⌊c/2⌋ is an orthogonal convolution that enlarges the kernel by one, k − s of them along each axis. Exactly
+    orthogonal (rows where out_channels ≤ in_channels·s², else columns) with circular padding of (k − 1)/2 and a stride
+    that divides the image; a contraction with zero padding of any width. At stride 1 it is BCOP. Supports groups, even
+    and non-square kernels, dilation (with stride, where they are coprime), kernels smaller than the stride (then a
+    contraction). Signal gain at initialisation is 1 (one orthogonal tap; for k − s odd, two). Cost: Cholesky
+    factorisations of c × c, independent of batch and image; runs and exports as a plain convolution.
+
+    Args:
+        in_channels … dtype: as in `torch.nn.Conv2d`; padding_mode "zeros" or "circular".
+
+    Shape:
+        (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
+
+    Raises:
+        ArgumentError: what would exceed norm 1 (reflection, replication, circular padding beyond (k − 1)/2), dilation
+            that shares a factor with the stride.
+        ShapeError: at call, circular padding with a stride that does not divide the image.
+
+    Source: Boissin et al. 2025, arXiv 2501.08120; Li et al. 2019, arXiv 1911.00937.
+
+    >>> layer = AOCConv2d(4, 8, 3, stride=2, padding=1, padding_mode="circular")
+    >>> x = torch.randn(1, 8, 6, 4)
+    >>> y = torch.nn.functional.conv_transpose2d(x, AOCConv2d(4, 8, 2, stride=2).weight, stride=2)
+    >>> y.shape
+    torch.Size([1, 4, 12, 8])
+    """
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        for s, d, b in zip(self.stride, self.dilation, self._block, strict=True):
+            if math.gcd(s, d) > 1 and b > 1:
+                raise ArgumentError(
+                    f"{type(self).__name__}: dilation={self.dilation} with stride={self.stride}: taps would meet at "
+                    f"one position; use coprime values, or AOLConv2d, which allows any"
+                )
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        """Size of the strided part: what is left of the kernel, k − b + 1, is made of projectors."""
+        (kh, kw), (sh, sw) = self.kernel_size, self.stride
+        return min(kh, sh), min(kw, sw)
+
+    @property
+    def _inner(self) -> int:
+        """Channels of a group between the two parts: as many as keep the composition orthogonal."""
+        return max(self.in_channels, self.out_channels // math.prod(self.stride)) // self.groups
+
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        inner = self._inner
+        block = math.prod(self._block)
+        factors = sum(k - b for k, b in zip(self.kernel_size, self._block, strict=True))
+        shapes: dict[str, tuple[int, ...]] = {"raw": (self.groups, self.out_channels // self.groups, inner * block)}
+        if factors and inner > 1:
+            shapes["factors"] = (self.groups, factors, inner, inner // 2)
+        return shapes
+
+    def reset_parameters(self) -> None:
+        """Random orthogonal M; projectors in equal pairs, whose taps cancel to one; no bias."""
+        for group in self.raw:
+            fill_orthogonal_(group)
+        if "factors" in self.raw_names:
+            factors = self.get_parameter("factors")
+            with torch.no_grad():
+                nn.init.normal_(factors)
+                for first in range(0, factors.shape[1] - 1):
+                    if self._axes[first] == self._axes[first + 1] and self._backwards[first + 1]:
+                        factors[:, first + 1] = factors[:, first]
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @property
+    def _axes(self) -> list[int]:
+        """The axis of each factor."""
+        vertical, horizontal = (k - b for k, b in zip(self.kernel_size, self._block, strict=True))
+        return [-2] * vertical + [-1] * horizontal
+
+    @property
+    def _backwards(self) -> list[bool]:
+        """Every second factor of an axis shifts back, so that equal pairs are the identity at the centre."""
+        vertical, horizontal = (k - b for k, b in zip(self.kernel_size, self._block, strict=True))
+        return [i % 2 == 1 for i in range(vertical)] + [i % 2 == 1 for i in range(horizontal)]
+
+    def map_kernel(self, raw: Tensor, factors: Tensor | None = None) -> Tensor:
+        bh, bw = self._block
+        kernel = rearrange(cholesky_orthogonal(raw), "g o (i a b) -> g o i a b", a=bh, b=bw)
+        if factors is None:  # a single channel inside has no projectors but 0 and 1: shifts
+            missing = [k - b for k, b in zip(self.kernel_size, self._block, strict=True)]
+            pads = [(n // 2, n - n // 2) for n in reversed(missing)]
+            kernel = nn.functional.pad(kernel, [*pads[0], *pads[1]])
+        else:
+            projectors = projector(factors)
+            for i, (axis, backwards) in enumerate(zip(self._axes, self._backwards, strict=True)):
+                kernel = compose_projector(kernel, projectors[:, i], axis, backwards)
+        return kernel[:, :, : self.in_channels // self.groups]
+
+
+class BCOPConv2d(AOCConv2d):
+    r"""Orthogonal convolution with an explicit k × k kernel, stride 1: an orthogonal matrix ∘ Π_i(P_i, I − P_i).
+
+    The block convolution of 2(k − 1) pairs of complementary projectors. Exactly orthogonal with circular padding of
+    (k − 1)/2, a contraction with zero padding. Supports groups, dilation, even and non-square kernels. Signal gain at
+    initialisation is 1 (one orthogonal tap; for even k, two). Cost: Cholesky factorisations of c × c, independent of
+    batch and image; runs and exports as a plain convolution.
+
+    Args:
+        in_channels … dtype: as in `torch.nn.Conv2d`; padding_mode "zeros" or "circular"; stride 1.
+
+    Shape:
+        (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
+
+    Raises:
+        ArgumentError: a stride other than 1 (`AOCConv2d` has strides); what would exceed norm 1.
+
+    Source: Li et al. 2019, arXiv 1911.00937.
+
+    >>> layer = BCOPConv2d(4, 4, 3, padding=1, padding_mode="circular")
+    >>> x = torch.randn(1, 4, 7, 5)
+    >>> bool((layer(x).norm() - x.norm()).abs() < 1e-4)
+    True
+    """
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        if self.stride != (1, 1):
+            raise ArgumentError(f"BCOPConv2d: stride={self.stride}; it supports only stride 1, AOCConv2d every one")
+
+
+class AOCConvTranspose2d(LipschitzConvTranspose2d):
+    """The adjoint of an `AOCConv2d`, with the signature of `torch.nn.ConvTranspose2d`.
+
+    A contraction, up to the border orthogonal. Stride, dilation, groups and output_padding as in torch; zero padding
+    only. Signal gain at initialisation is 1 at most. Cost and errors as `AOCConv2d`.
+
+    Source: Boissin et al. 2025, arXiv 2501.08120.
+
+    >>> AOCConvTranspose2d(8, 3, 4, stride=2, padding=1)(torch.randn(1, 8, 5, 5)).shape
+    torch.Size([1, 3, 10, 10])
+    """
+
+    family = AOCConv2d
+
+
+register(Family("bcop", conv=BCOPConv2d, orthogonal=frozenset({"conv"})))
+register(Family("aoc", conv=AOCConv2d, conv_transpose=AOCConvTranspose2d, orthogonal=frozenset({"conv"})))

@@ -1,0 +1,79 @@
+"""Orthogonal layers by Cholesky factorisation, W = L⁻¹P with LLᵀ = PPᵀ (Hu et al. 2024, arXiv 2310.02513).
+
+Differs from the public code: the factorisation runs in float64 on rows of unit norm, with a ridge of a few roundings
+only, and a convolution per frequency is offered, too.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from liplayers.layers.base import LipschitzLinear
+from liplayers.layers.conv import FourierConv2d
+from liplayers.layers.registry import Family, register
+from liplayers.linalg.orthogonal import cholesky_orthogonal
+
+__all__ = ["CholeskyConv2d", "CholeskyLinear"]
+
+
+class CholeskyLinear(LipschitzLinear):
+    r"""Orthogonal dense layer: W = L⁻¹P with LLᵀ = PPᵀ + ridge, or the same on the columns if they are fewer.
+
+    It is Gram–Schmidt: it reaches every orthogonal matrix, both components of square ones. Signal gain at
+    initialisation: 1, or √(out/in) on average where out_features < in_features. Cost: one Cholesky factorisation of the
+    shorter side.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
+
+    Shape:
+        (*, in_features) → (*, out_features).
+
+    Raises:
+        ArgumentError: sizes that are not positive integers.
+
+    Source: Hu et al. 2024, arXiv 2310.02513.
+
+    >>> import torch
+    >>> W = CholeskyLinear(8, 5).weight
+    >>> torch.allclose(W @ W.T, torch.eye(5), atol=1e-5)
+    True
+    """
+
+    def map_weight(self, raw: Tensor) -> Tensor:
+        return cholesky_orthogonal(raw)
+
+
+class CholeskyConv2d(FourierConv2d):
+    r"""Orthogonal convolution: `CholeskyLinear`'s map of the transfer matrix of each frequency.
+
+    Circular padding gives an orthogonal map of the (pixel-unshuffled) image; zero padding pads the image first and
+    crops after, a contraction. The support is the whole image. Signal gain at initialisation is 1 up to the border.
+    Cost: a Cholesky factorisation of the smaller channel count for each frequency.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, bias, padding_mode, device, dtype: as in
+            `torch.nn.Conv2d`; padding_mode "zeros" or "circular"; a stride acts by pixel-unshuffling, with the kernel
+            ⌈k/s⌉ on the unshuffled image.
+
+    Shape:
+        (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
+
+    Raises:
+        ArgumentError: dilation or groups other than 1, and padding that would exceed norm 1.
+        ShapeError: at call, circular padding with a stride that does not divide the image.
+
+    Source: Hu et al. 2024, arXiv 2310.02513 (dense); per frequency: this library.
+
+    >>> import torch
+    >>> layer = CholeskyConv2d(4, 4, 3, padding=1, padding_mode="circular")
+    >>> x = torch.randn(1, 4, 7, 5)
+    >>> bool((layer(x).norm() - x.norm()).abs() < 1e-4)
+    True
+    """
+
+    def map_transfer(self, transfer: Tensor) -> Tensor:
+        return cholesky_orthogonal(transfer)
+
+
+register(Family("cholesky", linear=CholeskyLinear, conv=CholeskyConv2d, orthogonal=frozenset({"linear", "conv"})))

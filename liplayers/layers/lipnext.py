@@ -1,0 +1,186 @@
+"""The LipNeXt block: orthogonal maps at each pixel around a shift of channel groups (Hu et al. 2026, arXiv 2601.18513).
+
+No public code exists. Here the two orthogonal maps are parameters on the manifold (see manifold.py), and what they
+drift from it is counted in the block's bound.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liplayers.errors import ArgumentError, ShapeError
+from liplayers.layers.activations import BetaAbs
+from liplayers.layers.base import LipschitzModule, check_positive, fill_orthogonal_
+from liplayers.layers.conv import Size2d, pair
+from liplayers.layers.manifold import ManifoldModule
+from liplayers.layers.registry import Family, register
+from liplayers.linalg.stiefel import near_isometry_bound
+
+__all__ = ["LipNeXtBlock", "SpatialShift2d"]
+
+_DIRECTIONS = ((-1, -2), (1, -2), (-1, -1), (1, -1))  # (shift, axis): up, down, left, right
+
+
+def _check_share(owner: object, name: str, value: float, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ArgumentError(f"{type(owner).__name__}: {name}={value!r}; expected a number from {low:g} to {high:g}")
+
+
+class SpatialShift2d(LipschitzModule):
+    r"""Circular shift by one pixel of channel groups: the first group up, then down, left, right; the rest stays.
+
+    Orthogonal, a permutation of the entries; supports every image size and number of channels. Each group has
+    max(1, min(round(ratio·C), ⌊C/4⌋)) channels; fewer than four channels are shifted one in each direction as far as
+    they go. Cost: one copy of the image. Signal gain at initialisation, and always, is 1.
+
+    Args:
+        ratio: share of the channels that moves in each direction, up to 1/4.
+
+    Shape:
+        (N, C, H, W) or (C, H, W), unchanged.
+
+    Raises:
+        ArgumentError: a ratio outside [0, 1/4].
+        ShapeError: at call, fewer than three dimensions.
+
+    Source: Hu et al. 2026, arXiv 2601.18513.
+
+    >>> SpatialShift2d()(torch.tensor([[[1.0], [2.0], [3.0]]])).flatten().tolist()
+    [2.0, 3.0, 1.0]
+    """
+
+    def __init__(self, ratio: float = 1 / 16) -> None:
+        super().__init__()
+        _check_share(self, "ratio", ratio, 0, 0.25)
+        self.ratio = ratio
+
+    def group_sizes(self, channels: int) -> list[int]:
+        """The channels that move up, down, left and right, and those that stay."""
+        size = max(1, min(round(self.ratio * channels), channels // 4))
+        moving = [max(0, min(size, channels - i * size)) for i in range(4)]
+        return [*moving, channels - sum(moving)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() not in (3, 4):
+            raise ShapeError(f"SpatialShift2d: got an input of shape {tuple(x.shape)}; expected (N, C, H, W)")
+        *moving, rest = x.split(self.group_sizes(x.shape[-3]), -3)
+        shifted = [g.roll(shift, axis) for g, (shift, axis) in zip(moving, _DIRECTIONS, strict=True)]
+        return torch.cat([*shifted, rest], -3)
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+    def extra_repr(self) -> str:
+        return f"ratio={self.ratio:g}"
+
+
+class LipNeXtBlock(ManifoldModule):
+    r"""y = σ(M Rᵀ S(R(x + p)) + b) at each pixel: R and M orthogonal, S a spatial shift, σ = β-abs.
+
+    A nonlinear 1-Lipschitz map while R and M are orthogonal, as they are at initialisation and under `ManifoldAdamW`;
+    it preserves norms of differences wherever σ does not fold. With any optimiser the bound is ‖M Rᵀ‖·‖R‖, each a
+    proven bound of the matrix that runs (`near_isometry_bound`). S is `SpatialShift2d`, and σ takes the absolute value
+    of the first round(β·channels) channels. Supports every image size without p, one size with it. Signal gain at
+    initialisation is 1. Cost: two 1 × 1 convolutions and a copy; M Rᵀ is multiplied once.
+
+    Args:
+        channels: of input and output.
+        image_size: height and width of the images (an integer or a pair), for which a position embedding p is
+            learned; None for none.
+        shift_ratio: share of the channels that moves in each direction, up to 1/4.
+        beta: share of the channels that σ folds.
+        bias: whether b is there.
+        device, dtype: of the parameters.
+
+    Shape:
+        (N, channels, H, W) → the same.
+
+    Raises:
+        ArgumentError: sizes below 1, shares out of range.
+        ShapeError: at call, another number of channels, or another image size than image_size.
+
+    Source: Hu et al. 2026, arXiv 2601.18513.
+
+    >>> block = LipNeXtBlock(8, image_size=(7, 5))
+    >>> block(torch.randn(2, 8, 7, 5)).shape
+    torch.Size([2, 8, 7, 5])
+    """
+
+    raw_names = ("rotation", "mixing")
+    manifold_names = ("rotation", "mixing")
+
+    def __init__(
+        self,
+        channels: int,
+        image_size: Size2d | None = None,
+        *,
+        shift_ratio: float = 1 / 16,
+        beta: float = 0.5,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(self, channels=channels)
+        _check_share(self, "shift_ratio", shift_ratio, 0, 0.25)
+        _check_share(self, "beta", beta, 0, 1)
+        self.channels = channels
+        self.image_size = None if image_size is None else pair(self, "image_size", image_size, 1)
+        self.beta = beta
+        self.shift = SpatialShift2d(shift_ratio)
+        self.activation = BetaAbs(beta, dim=-3)
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.rotation = empty(channels, channels)
+        self.mixing = empty(channels, channels)
+        self.position = None if self.image_size is None else empty(channels, *self.image_size)
+        self.bias = empty(channels) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """R and M orthogonal, no position embedding, no bias."""
+        fill_orthogonal_(self.rotation)
+        fill_orthogonal_(self.mixing)
+        for parameter in (self.position, self.bias):
+            if parameter is not None:
+                nn.init.zeros_(parameter)
+
+    def compute_effective(self) -> tuple[Tensor, Tensor]:
+        """M Rᵀ and R."""
+        R, M = self.raw_values()
+        return (M @ R.mT).to(self.rotation.dtype), self.rotation
+
+    def _check_input(self, x: Tensor) -> None:
+        size = self.image_size or x.shape[-2:]
+        if x.dim() not in (3, 4) or x.shape[-3] != self.channels or x.shape[-2:] != torch.Size(size):
+            expected = "H, W" if self.image_size is None else "{}, {}".format(*self.image_size)
+            raise ShapeError(
+                f"LipNeXtBlock: got an input of shape {tuple(x.shape)}; expected (N, {self.channels}, {expected})"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        mixed, rotation = self.effective()
+        y = x if self.position is None else x + self.position
+        y = self.shift(F.conv2d(y, rotation[:, :, None, None]))
+        y = F.conv2d(y, mixed[:, :, None, None], self.bias)
+        return self.activation(y)
+
+    def lipschitz_bound(self) -> float:
+        dtype = self.executed_dtype()
+        with torch.no_grad():
+            mixed, rotation = (near_isometry_bound(W.to(dtype)) for W in self.effective())
+            return (mixed * rotation).item()
+
+    def extra_repr(self) -> str:
+        return (
+            f"channels={self.channels}, image_size={self.image_size}, shift_ratio={self.shift.ratio:g}, "
+            f"beta={self.beta:g}, bias={self.bias is not None}"
+        )
+
+
+register(Family("lipnext", conv_block=LipNeXtBlock))

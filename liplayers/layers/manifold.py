@@ -1,0 +1,113 @@
+"""Weights that are orthogonal because their optimiser keeps them so (the linear maps of LipNeXt, Hu et al. 2026,
+arXiv 2601.18513; no public code).
+
+The parameter is the weight: nothing is computed in the forward pass. `liplayers.training.ManifoldAdamW` moves such
+parameters along the manifold; any other optimiser leaves it. In both cases the layers measure how far the weight is
+from it and count that in their bound, so the bound is a proof whatever the optimiser did.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liplayers.layers.base import LipschitzLinear, ParametrizedModule
+from liplayers.layers.registry import Family, register
+from liplayers.linalg.stiefel import near_isometry_bound, nearest_orthogonal
+
+__all__ = ["ManifoldLinear", "OrthogonalParameter", "retract_"]
+
+
+class OrthogonalParameter(nn.Parameter):
+    """A matrix that is meant to keep orthonormal rows (wide, square) or columns (tall).
+
+    Only the class tells it from other parameters: `liplayers.training.ManifoldAdamW` looks for it.
+
+    >>> import copy
+    >>> type(copy.deepcopy(OrthogonalParameter(torch.eye(2)))).__name__
+    'OrthogonalParameter'
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return OrthogonalParameter, (self.data, self.requires_grad)  # torch's own would rebuild a plain Parameter
+
+
+@torch.no_grad()
+def retract_(W: Tensor) -> Tensor:
+    """Put W (..., m, n) back on the manifold in place: its polar factor, computed in float64.
+
+    >>> W = retract_(torch.eye(2, 3) + 0.1)
+    >>> torch.allclose(W @ W.mT, torch.eye(2), atol=1e-6)
+    True
+    """
+    return W.copy_(nearest_orthogonal(W))
+
+
+class ManifoldModule(ParametrizedModule):
+    """A module whose parameters named in `manifold_names` are OrthogonalParameters, and stay so.
+
+    torch replaces parameters by plain ones in `load_state_dict(assign=True)` and in some casts and moves; they are
+    marked again, in place, since an optimizer may hold them already.
+    """
+
+    manifold_names: tuple[str, ...] = ("raw",)
+    constant_bound = False
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        self._mark()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        self._mark()
+        return result
+
+    def _mark(self) -> None:
+        for name in self.manifold_names:
+            parameter = self._parameters.get(name)
+            if parameter is not None and type(parameter) is nn.Parameter:
+                parameter.__class__ = OrthogonalParameter
+
+    def retract_(self) -> None:
+        """Put the weights back on the manifold; `ManifoldAdamW` does so by itself at intervals."""
+        for name in self.manifold_names:
+            retract_(getattr(self, name))
+
+
+class ManifoldLinear(ManifoldModule, LipschitzLinear):
+    r"""Dense layer whose weight W is itself the parameter, orthogonal for as long as its optimiser keeps it so.
+
+    Rows are orthonormal where out_features ≤ in_features, columns otherwise, as long as `ManifoldAdamW` trains it;
+    any other optimiser leaves the manifold. `lipschitz_bound()` is √(1 + ‖G − I‖) with a proven bound on the norm, G
+    the Gram matrix of the weight that runs (or a bound of ‖W‖ itself where that is less): 1 up to rounding on the
+    manifold, larger off it, a proof everywhere. Supports every size. Signal gain at initialisation: 1, or √(out/in) on
+    average where out_features < in_features. Cost: that of nn.Linear; its optimiser's step multiplies out × in by
+    max × max matrices and keeps two of these, so that very wide layers are dear to train.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
+
+    Shape:
+        (*, in_features) → (*, out_features).
+
+    Raises:
+        ArgumentError: sizes that are not positive integers.
+
+    Source: Hu et al. 2026, arXiv 2601.18513.
+
+    >>> layer = ManifoldLinear(8, 5)
+    >>> layer.weight is layer.raw, layer.lipschitz_bound() < 1 + 1e-6
+    (True, True)
+    """
+
+    def map_weight(self, raw: Tensor) -> Tensor:
+        return raw
+
+    def lipschitz_bound(self) -> float:
+        with torch.no_grad():
+            return near_isometry_bound(self.weight.to(self.executed_dtype())).item()
+
+
+register(Family("manifold", linear=ManifoldLinear))  # not "orthogonal": not for every value of its parameters

@@ -1,0 +1,139 @@
+"""Layers that add or subtract an offset: a learned position embedding, and centring by a running mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from liplayers.errors import ArgumentError, ShapeError
+from liplayers.layers.base import LipschitzModule, check_positive
+
+__all__ = ["Centring", "PositionEmbedding"]
+
+
+class PositionEmbedding(LipschitzModule):
+    r"""Add a learned offset of the shape of one input: y = x + p, an isometry for every p.
+
+    Distances between inputs are kept exactly; norms are not. Cost: one addition. Signal gain at initialisation: 1
+    (p = 0).
+
+    Args:
+        shape: of one input without the batch dimension, (C, H, W) for an image.
+        device, dtype: of the parameter `position`.
+
+    Shape:
+        (N, *shape) → the same.
+
+    Raises:
+        ArgumentError: a shape that is empty or not of positive integers.
+        ShapeError: an input of another shape; a broadcast would not be an isometry.
+
+    Source: Hu et al. 2026, arXiv 2601.18513.
+
+    >>> PositionEmbedding((3, 4, 4))(torch.ones(2, 3, 4, 4)).shape
+    torch.Size([2, 3, 4, 4])
+    """
+
+    constant_bound = True  # whatever the offset is
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(shape, Sequence) or isinstance(shape, str) or not shape:
+            raise ArgumentError(f"PositionEmbedding: shape={shape!r}; expected the sizes of one input, as (C, H, W)")
+        check_positive(self, **{f"shape[{i}]": size for i, size in enumerate(shape)})
+        self.shape = tuple(shape)
+        self.position = nn.Parameter(torch.empty(self.shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """No offset."""
+        nn.init.zeros_(self.position)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[1:]) != self.shape:
+            expected = ", ".join(map(str, self.shape))
+            raise ShapeError(f"PositionEmbedding: got an input of shape {tuple(x.shape)}; expected (N, {expected})")
+        return x + self.position.to(x.dtype)
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}"
+
+
+class Centring(LipschitzModule):
+    r"""Subtract the mean of each channel: y = x − m, m the batch's mean in training, its running average in eval.
+
+    No variance is divided out, so both are contractions. In eval m is constant: a shift, an isometry of each sample. In
+    training y = (I − 11ᵀ/M)x in each channel, over the M entries of the batch: an orthogonal projection of the whole
+    batch. There the bound is one of the batch as one vector; a sample also moves the others, but all of it together is
+    no longer than its own change. It composes with layers that treat each sample by itself, which have the same bound
+    for a batch. The mean is taken in float32 at least.
+
+    m ← (1 − momentum)·m + momentum·(mean of the batch) after each batch in training, from 0. Cost: one mean and one
+    subtraction. Signal gain at initialisation: 1 for channels of mean 0 (training) or any (eval, up to the shift).
+
+    Args:
+        channels: C.
+        momentum: the weight of the newest batch, in [0, 1].
+        device, dtype: of the buffer `running_mean`.
+
+    Shape:
+        (N, C, *) → the same.
+
+    Raises:
+        ArgumentError: channels below 1, momentum outside [0, 1].
+        ShapeError: an input with another number of channels; in training, an empty one.
+
+    Source: centring in BRONet, Lai et al. 2025, arXiv 2505.15174; the running mean as in Ioffe & Szegedy 2015,
+    arXiv 1502.03167.
+
+    >>> Centring(2)(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    tensor([[-1., -2.],
+            [ 1.,  2.]])
+    """
+
+    running_mean: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        momentum: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(self, channels=channels)
+        if not isinstance(momentum, (int, float)) or not 0 <= momentum <= 1:
+            raise ArgumentError(f"Centring: momentum={momentum!r}; expected a number in [0, 1]")
+        self.channels = channels
+        self.momentum = momentum
+        self.register_buffer("running_mean", torch.zeros(channels, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[1] != self.channels or (self.training and not x.numel()):
+            raise ShapeError(f"Centring: got an input of shape {tuple(x.shape)}; expected (N, {self.channels}, …)")
+        # not detached: the gradient is that of the projection that ran, without a part along the mean, which it removes
+        mean = self._batch_mean(x) if self.training else self.running_mean
+        return (x - mean.view(-1, *[1] * (x.dim() - 2))).to(x.dtype)
+
+    def _batch_mean(self, x: Tensor) -> Tensor:
+        others = [d for d in range(x.dim()) if d != 1]
+        mean = x.mean(others, dtype=torch.promote_types(x.dtype, torch.float32))
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
+        return mean
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, momentum={self.momentum}"

@@ -1,0 +1,100 @@
+"""Norm-rescaled layers, W = P/‖P‖⁺: the stem and convolutions of LiResNet (Hu et al. 2023, arXiv 2301.12549).
+
+Differs from the public code in that ‖P‖⁺ is a proven upper bound, by Gram iteration (Delattre et al. 2023, arXiv
+2305.16173; 2024, arXiv 2402.03240), for convolutions on the symbol, so that it holds for every image size and for
+zero and circular padding; power iteration estimates from below.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from liplayers.layers.base import LipschitzLinear
+from liplayers.layers.conv import KernelConv2d, LipschitzConvTranspose2d
+from liplayers.layers.registry import Family, register
+from liplayers.linalg.convolution import polyphase, symbol_norm_bound
+from liplayers.linalg.norms import gram_iteration_bound
+
+__all__ = ["RescaledConv2d", "RescaledConvTranspose2d", "RescaledLinear"]
+
+
+def _unit_scale(raw: Tensor) -> Tensor:
+    """raw divided by its largest entry: the weight does not depend on the scale, a Gram matrix might overflow."""
+    largest = raw.detach().abs().amax()
+    return raw / torch.where(largest > 0, largest, 1)
+
+
+class RescaledLinear(LipschitzLinear):
+    r"""Dense layer, a contraction: W = P/‖P‖⁺ with a proven upper bound ‖P‖⁺ ≥ ‖P‖, the Schatten-512 norm.
+
+    All singular values keep their ratio, so W has norm 1 (up to n^(1/512)) and is not orthogonal. Signal gain at
+    initialisation is 1 (P orthogonal). Cost: 8 products of Gram matrices of the shorter side.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
+
+    Shape:
+        (*, in_features) → (*, out_features).
+
+    Raises:
+        ArgumentError: sizes that are not positive integers.
+
+    Source: Hu et al. 2023, arXiv 2301.12549; bound: Delattre et al. 2023, arXiv 2305.16173.
+
+    >>> W = RescaledLinear(8, 5).weight
+    >>> 0.98 < torch.linalg.matrix_norm(W, 2).item() <= 1 + 1e-6
+    True
+    """
+
+    def map_weight(self, raw: Tensor) -> Tensor:
+        P = _unit_scale(raw)
+        norm = gram_iteration_bound(P)
+        return P / torch.where(norm > 0, norm, 1)
+
+
+class RescaledConv2d(KernelConv2d):
+    r"""Convolution, a contraction: K/‖K‖⁺, ‖K‖⁺ a proven bound for all image sizes, each group by its own.
+
+    The bound is the largest norm of the symbol on a grid, by Gram iteration, times what it may gain between the
+    points (4 %), or the row-sum bound where that is less. With stride the polyphase kernel is bounded. Holds for zero
+    padding of any width, minimal circular padding, every stride, dilation and group count. Signal gain at
+    initialisation is 1 (one orthogonal tap). Cost: Gram iteration at 8(k − 1) × 8(k − 1) frequencies.
+
+    Args:
+        in_channels … dtype: as in `torch.nn.Conv2d`; padding_mode "zeros" or "circular".
+
+    Shape:
+        (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
+
+    Raises:
+        ArgumentError: what would exceed norm 1 (reflection, replication, circular padding beyond (k − 1)/2).
+        ShapeError: at call, circular padding with a stride that does not divide the image.
+
+    Source: Hu et al. 2023, arXiv 2301.12549; bound: Delattre et al. 2023, arXiv 2305.16173.
+
+    >>> RescaledConv2d(3, 8, 3, stride=2, padding=1)(torch.randn(1, 3, 9, 9)).shape
+    torch.Size([1, 8, 5, 5])
+    """
+
+    def map_kernel(self, raw: Tensor) -> Tensor:
+        P = _unit_scale(raw)
+        norm = symbol_norm_bound(polyphase(P, self.stride, self.dilation))
+        return P / rearrange(torch.where(norm > 0, norm, 1), "g -> g 1 1 1 1")
+
+
+class RescaledConvTranspose2d(LipschitzConvTranspose2d):
+    """The adjoint of a `RescaledConv2d`, a contraction with the signature of `torch.nn.ConvTranspose2d`.
+
+    Stride, dilation, groups and output_padding as in torch; zero padding only. Signal gain at initialisation is 1 at
+    most. Cost, source and errors as `RescaledConv2d`.
+
+    >>> RescaledConvTranspose2d(8, 3, 4, stride=2, padding=1)(torch.randn(1, 8, 5, 5)).shape
+    torch.Size([1, 3, 10, 10])
+    """
+
+    family = RescaledConv2d
+
+
+register(Family("rescaled", linear=RescaledLinear, conv=RescaledConv2d, conv_transpose=RescaledConvTranspose2d))

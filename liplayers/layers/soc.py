@@ -1,0 +1,178 @@
+"""Matrix exponentials of skew maps, dense and SOC convolutions (Singla & Feizi 2021, arXiv 2105.11417).
+
+Differs from the public code: the series is not the truncated Taylor series, which exceeds norm 1, but a polynomial
+that is proven to stay below it and is closer with fewer terms; the norm of the skew kernel is a proven bound; with
+circular padding the exponential is taken at each frequency.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from liplayers.layers.base import LipschitzLinear, check_positive
+from liplayers.layers.conv import FourierConv2d
+from liplayers.layers.registry import Family, register
+from liplayers.linalg.convolution import row_sum_bound
+from liplayers.linalg.orthogonal import exponential, skew_exponential, skew_exponential_coefficients
+
+__all__ = ["ExponentialLinear", "SOCConv2d"]
+
+
+ANGLE_LIMIT = 1e3  # of ‖S‖_F: beyond it the angles of the rotation drown in the rounding of float32
+
+
+class ExponentialLinear(LipschitzLinear):
+    r"""Orthogonal dense layer: W = exp(P − Pᵀ), P of max(in, out) square, cut to out × in.
+
+    It reaches all rotations (determinant 1). Signal gain at initialisation: 1, or √(out/in) on average where
+    out_features < in_features. Cost: one matrix exponential (about ten products) of max(in, out), twice that backwards.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
+
+    Shape:
+        (*, in_features) → (*, out_features).
+
+    Raises:
+        ArgumentError: sizes that are not positive integers.
+
+    Source: Lezcano-Casado & Martínez-Rubio 2019, arXiv 1901.08428; Singla & Feizi 2021, arXiv 2105.11417.
+
+    >>> W = ExponentialLinear(8, 5).weight
+    >>> torch.allclose(W @ W.T, torch.eye(5), atol=1e-5)
+    True
+    """
+
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        n = max(self.in_features, self.out_features)
+        return {"raw": (n, n)}
+
+    def reset_parameters(self) -> None:
+        """Gaussian P: a rotation by angles of up to about 2.8; no bias."""
+        nn.init.normal_(self.raw, std=1 / math.sqrt(len(self.raw)))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def map_weight(self, raw: Tensor) -> Tensor:
+        S = raw - raw.mT
+        shorten = ANGLE_LIMIT / torch.linalg.matrix_norm(S).clamp_min(ANGLE_LIMIT)
+        return exponential(S * shorten)[: self.out_features, : self.in_features]
+
+
+class SOCConv2d(FourierConv2d):
+    r"""Orthogonal convolution: p(L) ≈ exp(L), L = K − Kᵀ the skew part of a free kernel, shortened to norm 1 at most.
+
+    p is a polynomial of degree `terms` with |p(iθ)| ≤ 1 on [−1, 1]; with 7 terms 1 − |p| < 4e-7. L acts on
+    max(in_channels·s², out_channels) channels of the (pixel-unshuffled) image, zeros appended or outputs cut. Zero
+    padding, too, keeps L skew and the layer orthogonal, where the output has the size of the image (padding (k − 1)/2);
+    what is padded beyond that is embedded, what is less is cropped. With zero padding L is applied `terms` times, with
+    circular padding p is formed at each frequency. Signal gain at initialisation is 1. Cost: with zero padding `terms`
+    convolutions (the costliest of all families); with circular padding 1 + ⌈terms/3⌉ products for each frequency.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, bias, padding_mode, device, dtype: as in
+            `torch.nn.Conv2d`; padding_mode "zeros" or "circular"; a stride acts by pixel-unshuffling, with the kernel
+            ⌈k/s⌉ on the unshuffled image. An even kernel has the symmetric support of the next odd one.
+        terms: degree of the polynomial.
+
+    Shape:
+        (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
+
+    Raises:
+        ArgumentError: dilation or groups other than 1, padding that would exceed norm 1, terms below 1.
+        ShapeError: at call, circular padding with a stride that does not divide the image.
+
+    Source: Singla & Feizi 2021, arXiv 2105.11417.
+
+    >>> layer = SOCConv2d(4, 4, 3, padding=1)
+    >>> x = torch.randn(1, 4, 7, 5)
+    >>> bool((layer(x).norm() - x.norm()).abs() < 1e-4)
+    True
+    """
+
+    def __init__(self, *args: Any, terms: int = 7, **kwargs: Any) -> None:
+        check_positive(self, terms=terms)
+        super().__init__(*args, **kwargs)
+        self.terms = terms
+
+    @property
+    def _channels(self) -> int:
+        return max(self._unshuffled[0], self.out_channels)
+
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        _, kh, kw = self._unshuffled
+        return {"raw": (self._channels, self._channels, kh, kw)}
+
+    def reset_parameters(self) -> None:
+        """Gaussian K, no bias."""
+        nn.init.normal_(self.raw, std=0.25 / math.sqrt(self.raw[0].numel()))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def map_kernel(self, raw: Tensor) -> Tensor:  # type: ignore[override]
+        kh, kw = raw.shape[-2:]
+        K = F.pad(raw, (1 - kw % 2, 0, 1 - kh % 2, 0))  # odd, its centre where that of `raw` is
+        L = K - rearrange(K, "o i a b -> i o a b").flip(-2, -1)
+        largest = L.detach().abs().amax().clamp_min(1)  # squares of huge entries might not be floats
+        norm = row_sum_bound((L / largest)[None])[0] * largest
+        return L / norm.clamp_min(1)
+
+    def map_transfer(self, transfer: Tensor) -> Tensor:
+        return skew_exponential(transfer, self.terms)[..., : self.out_channels, : self._unshuffled[0]]
+
+    def compute_effective(self, *grid: int) -> Tensor:
+        """W(ω) on a grid; without one the skew kernel itself."""
+        return super().compute_effective(*grid) if grid else self.map_kernel(*self.raw_values())
+
+    def _frame(self, x: Tensor, out: tuple[int, int]) -> tuple[Tensor, list[int]]:
+        """The unshuffled image, extended only where the output reaches beyond it, and where the output begins."""
+        pads, start = [], []
+        sizes = zip(x.shape[-2:], self.kernel_size, self._pads, self.stride, out, strict=True)
+        for n, k, (before, _), s, m in sizes:
+            shift = before - (k - 1) // 2
+            top = max(0, shift)
+            start.append(max(0, -shift) // s)
+            missing = max(0, s * (start[-1] + m) - n - top)
+            pads.append((top, missing + -(n + top + missing) % s))
+        x = F.pad(x, (*pads[1], *pads[0])) if any(map(any, pads)) else x
+        sh, sw = self.stride
+        return rearrange(x, "n c (h a) (w b) -> n (c a b) h w", a=sh, b=sw), start
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.padding_mode == "circular":
+            return super().forward(x)
+        self._check_input(x)
+        batched = x.dim() == 4
+        out = self.output_size(*x.shape[-2:])
+        y = (x if batched else x[None]).to(torch.promote_types(x.dtype, torch.float32))
+        y, (top, left) = self._frame(y, out)
+        with torch.autocast(x.device.type, enabled=False):
+            y = self._series(F.pad(y, (0, 0, 0, 0, 0, self._channels - y.shape[1])))
+        y = y[:, : self.out_channels, top : top + out[0], left : left + out[1]].to(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)[:, None, None]
+        return y if batched else y[0]
+
+    def lipschitz_bound(self) -> float:
+        return 1.0
+
+    def _series(self, x: Tensor) -> Tensor:
+        L = self.effective().to(x.dtype)
+        pads = (L.shape[-2] // 2, L.shape[-1] // 2)
+        *rest, last = skew_exponential_coefficients(self.terms)
+        y = last * x
+        for c in reversed(rest):
+            y = F.conv2d(y, L, padding=pads) + c * x
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, terms={self.terms}"
+
+
+register(Family("soc", linear=ExponentialLinear, conv=SOCConv2d, orthogonal=frozenset({"linear", "conv"})))
