@@ -78,7 +78,7 @@ def test_newton_schulz_is_a_contraction_before_it_has_converged(iterations: int)
         assert norm(newton_schulz(scale * randn(*shape), iterations)) <= 1 + 1e-12
 
 
-@pytest.mark.parametrize(("iterations", "reached"), [(6, 0.08), (8, 0.012), (10, 2e-3), (11, 1e-3), (13, 1e-3)])
+@pytest.mark.parametrize(("iterations", "reached"), [(5, 0.19), (9, 0.025), (12, 2e-3), (13, 2e-3)])
 def test_newton_schulz_converges_and_damps_as_documented(iterations: int, reached: float):
     """All singular values from the documented one up to 1 reach 1, also those between; much smaller ones do not."""
     for low in (reached, 3 * reached, 1.0):
@@ -294,10 +294,10 @@ def test_fourier_multiply_has_first_and_second_derivatives():
         assert torch.autograd.gradgradcheck(run, (x, K))
 
 
-def test_fast_sizes_have_no_prime_factor_above_five():
+def test_fast_sizes_have_no_prime_factor_above_eleven():
     from scipy.fft import next_fast_len
 
-    assert [fast_size(n) for n in range(1, 300)] == [next_fast_len(n, real=True) for n in range(1, 300)]
+    assert [fast_size(n) for n in range(1, 300)] == [next_fast_len(n) for n in range(1, 300)]
 
 
 # Convolutions ---------------------------------------------------------------------------------------------------------

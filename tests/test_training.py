@@ -110,8 +110,20 @@ def test_every_config_composes_and_its_target_takes_its_arguments(choice, tmp_pa
 def test_models_take_every_convolution_by_name(conv):
     from liplayers.models import lipconvnet
 
-    model = lipconvnet((1, 9, 6), 3, conv=conv, channels=4, stages=2, dense=1, width=8)
+    linear = None if lp.FAMILIES[conv].linear else "bjorck"
+    if conv == "bcop":
+        with pytest.raises(lp.LipschitzError, match=r"stride.*AOCConv2d"):
+            lipconvnet((1, 9, 6), 3, conv=conv)
+        return
+    model = lipconvnet((1, 9, 6), 3, conv=conv, linear=linear, channels=4, stages=2, dense=1, width=8)
     assert model(torch.rand(2, 1, 9, 6)).shape == (2, 3)
+
+
+def test_a_family_without_dense_layers_is_named():
+    from liplayers.models import lipconvnet
+
+    with pytest.raises(lp.LipschitzError, match="'aoc' has no linear layer; these have one: aol, bjorck"):
+        lipconvnet((1, 8, 8), 3, conv="aoc", stages=1, dense=1)
 
 
 # ----------------------------------------------------------------------------------------------------------- training

@@ -339,22 +339,25 @@ class FourierConv2d(LipschitzConv2d):
         kernel = self.map_kernel(*self.raw_values())
         return self.map_transfer(transfer_matrix(kernel, (height, width)))
 
-    def _unshuffle(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
+    def _unshuffle(self, x: Tensor, out: tuple[int, int]) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
         """The pixel-unshuffled image, the grid that it is convolved on, and where on it the output begins.
 
         Where the image lies on the torus does not matter: it stays at the origin, with as many rows of padding before
-        it as the phase of the stride needs, and the output begins at a negative position if it must.
+        it as the phase of the stride needs, and the output begins at a negative position if it must. On the torus the
+        zeros after the image are those before it, too: one side's padding is enough.
         """
         grid, start, pads = [], [], []
-        for n, k, (before, after), s in zip(x.shape[-2:], self.kernel_size, self._pads, self.stride, strict=True):
+        sizes = zip(x.shape[-2:], self.kernel_size, self._pads, self.stride, out, strict=True)
+        for n, k, (before, after), s, m in sizes:
             if self.padding_mode == "circular":
                 grid.append(n // s)
                 start.append(max(0, (k - 1) // 2 - before) // s)
                 pads.append((0, 0))
             else:
-                grid.append(fast_size(math.ceil((before + n + after) / s)))
+                phase = before % s
+                grid.append(fast_size(max(math.ceil((phase + n + max(before, after)) / s), m)))
                 start.append((k - 1) // 2 // s - before // s)
-                pads.append((before % s, -(before % s + n) % s))
+                pads.append((phase, -(phase + n) % s))
         x = F.pad(x, (*pads[1], *pads[0])) if any(map(any, pads)) else x
         sh, sw = self.stride
         x = rearrange(x, "n c (h a) (w b) -> n (c a b) h w", a=sh, b=sw)
@@ -366,8 +369,8 @@ class FourierConv2d(LipschitzConv2d):
         out = self.output_size(*x.shape[-2:])
         y = x if batched else x[None]
         y = y.to(torch.promote_types(y.dtype, torch.float32))  # no transform exists in half precision
-        y, grid, (top, left) = self._unshuffle(y)
-        inside = top >= 0 and left >= 0
+        y, grid, (top, left) = self._unshuffle(y, out)
+        inside = 0 <= top <= grid[0] - out[0] and 0 <= left <= grid[1] - out[1]
         with torch.autocast(x.device.type, enabled=False):
             weight = self.effective(*grid)
             y = fourier_multiply(y, weight, grid, (top + out[0], left + out[1]) if inside else grid)

@@ -58,6 +58,8 @@ def get_layer(name: str | Callable[..., nn.Module], role: str) -> Callable[..., 
     if callable(name):
         return name
     known = {family.name: getattr(family, role) for family in FAMILIES.values() if getattr(family, role)}
+    if isinstance(name, str) and name in FAMILIES and name not in known:
+        raise UnknownNameError(f"family {name!r} has no {role} layer; these have one: {', '.join(known)}")
     if not isinstance(name, str) or name not in known:
         raise UnknownNameError.of(f"{role} layer", name, known)
     return known[name]

@@ -20,14 +20,14 @@ Grid = tuple[int, int]
 
 
 def fast_size(size: int) -> int:
-    """The smallest integer of at least `size` without prime factors above 5, which transforms quickly.
+    """The smallest integer of at least `size` without prime factors above 11, which transforms quickly.
 
-    >>> fast_size(32), fast_size(34)
-    (32, 36)
+    >>> fast_size(33), fast_size(34)
+    (33, 35)
     """
     while True:
         rest = size
-        for factor in (2, 3, 5):
+        for factor in (2, 3, 5, 7, 11):
             while rest % factor == 0:
                 rest //= factor
         if rest == 1:

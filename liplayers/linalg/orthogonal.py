@@ -32,8 +32,10 @@ def to_double(x: Tensor) -> Tensor:
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
-def _eye_like(G: Tensor) -> Tensor:
-    return torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+def _minus_identity(G: Tensor) -> Tensor:
+    """G − I, in place."""
+    G.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return G
 
 
 def _within_unit_ball(Q: Tensor, full_rank: bool) -> Tensor:
@@ -44,28 +46,32 @@ def _within_unit_ball(Q: Tensor, full_rank: bool) -> Tensor:
     """
     with torch.no_grad():
         G = gram(Q)
-        shrink = (1 + frobenius_norm(G - _eye_like(G) if full_rank else G @ G - G)).rsqrt()
+        shrink = (1 + frobenius_norm(_minus_identity(G) if full_rank else G @ G - G)).rsqrt()
     return Q * shrink[..., None, None]
 
 
-def _unit_rows(P: Tensor) -> tuple[Tensor, Tensor]:
-    """(X, d) with X = d·P of rows of norm 1; rows of zeros stay, with d = 1 over the largest entry of the others."""
-    largest = P.abs().amax(-1, keepdim=True)
+def _row_scale(P: Tensor) -> Tensor:
+    """(..., m, 1), real: the reciprocal of each row's norm, 1 for rows of zeros."""
+    entries = torch.view_as_real(P.resolve_conj()).flatten(-2) if P.is_complex() else P
+    largest = entries.abs().amax(-1, keepdim=True)
     first = 1 / torch.where(largest > 0, largest, 1)  # squares of tiny or huge entries would not be floats
-    norm = torch.linalg.vector_norm(P * first, dim=-1, keepdim=True)
-    second = 1 / torch.where(norm > 0, norm, 1)
-    return P * first * second, first * second
+    norm = torch.linalg.vector_norm(entries * first, dim=-1, keepdim=True)
+    return first / torch.where(norm > 0, norm, 1)
 
 
 def _cholesky(S: Tensor) -> Tensor:
-    """The Cholesky factor of S with diagonal 1 or 0, ridged by a few roundings against deficient rank."""
+    """The Cholesky factor of S with diagonal about 1 or 0, ridged by a few roundings against deficient rank."""
     ridge = 16 * S.shape[-1] * torch.finfo(S.dtype).eps
-    L, failed = torch.linalg.cholesky_ex(S + ridge * _eye_like(S))
+    S.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    L, failed = torch.linalg.cholesky_ex(S)
     return torch.where((failed != 0)[..., None, None], torch.nan, L)  # only NaN or infinite entries get here
 
 
+_FIRST = 5  # steps after which well-conditioned matrices have converged
+
+
 @lru_cache
-def _newton_schulz_scales(iterations: int) -> tuple[float, ...]:
+def _minimax_scales(steps: int) -> tuple[float, ...]:
     """The factor α of each step, for singular values from the smallest ℓ that gets within 1e-8 of 1 up to 1.
 
     α = √(3/(1 + ℓ + ℓ²)) makes the images of ℓ and 1 equal, and the least of all (Chen & Chow 2014); ℓ moves on to
@@ -74,7 +80,7 @@ def _newton_schulz_scales(iterations: int) -> tuple[float, ...]:
 
     def run(low: float) -> tuple[list[float], float]:
         scales = []
-        for _ in range(iterations):
+        for _ in range(steps):
             scales.append(math.sqrt(3 / (1 + low + low * low)))
             low = scales[-1] * low * (3 - (scales[-1] * low) ** 2) / 2
         return scales, low
@@ -87,18 +93,72 @@ def _newton_schulz_scales(iterations: int) -> tuple[float, ...]:
     return tuple(run(10**above)[0])
 
 
-def newton_schulz(P: Tensor, iterations: int = 8) -> Tensor:
+def _newton_schulz_scales(iterations: int) -> tuple[float, ...]:
+    """Scales for singular values near each other, then, for who has not converged, for values further apart."""
+    return _minimax_scales(min(_FIRST, iterations)) + _minimax_scales(max(0, iterations - _FIRST))
+
+
+class _NewtonSchulz(torch.autograd.Function):
+    """W ← aW − bWG, G = WᴴW, for a tall W; the scale that W starts with is a constant, as its effect vanishes.
+
+    The adjoint of a step is D ↦ aD − b(DG + W(WᴴD + DᴴW)).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(P: Tensor, iterations: int) -> tuple[Tensor, ...]:
+        norm = gram_iteration_bound(P, iterations=3)[..., None, None]
+        norm = torch.where(norm > 0, norm, 1)
+        W = P / norm
+        saved = []
+        for step, alpha in enumerate(_newton_schulz_scales(iterations)):
+            G = W.mH @ W
+            if step >= _FIRST - 2 and _converged(G):
+                break
+            saved += [W, G]
+            W = (1.5 * alpha) * W - (0.5 * alpha**3) * (W @ G)
+        return W, norm, *saved
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.iterations = inputs[1]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        norm, *saved = ctx.saved_tensors
+        D = gradient
+        steps = list(zip(saved[::2], saved[1::2], _newton_schulz_scales(ctx.iterations), strict=False))
+        for W, G, alpha in reversed(steps):
+            S = W.mH @ D
+            D = (1.5 * alpha) * D - (0.5 * alpha**3) * (D @ G + W @ (S + S.mH))
+        return D / norm, None
+
+
+def _converged(G: Tensor) -> bool:
+    """Whether every Gram matrix is the identity up to rounding; not asked where a graph is compiled."""
+    if torch.compiler.is_compiling() or G.is_meta:
+        return False
+    error = frobenius_norm(_minus_identity(G.clone()))
+    return bool((error <= 4 * G.shape[-1] ** 0.5 * torch.finfo(error.dtype).eps).all())
+
+
+def newton_schulz(P: Tensor, iterations: int = 12) -> Tensor:
     """The polar factor of P by scaled Newton–Schulz (Björck–Bowie) iteration, W ← αW(3I − α²WᵀW)/2.
 
     P is first divided by a proven upper bound on its norm, so each singular value starts in [0, 1]; each step maps
     [0, 1] into itself and pushes positive values towards 1. The result is a contraction after any number of
-    iterations. The scales α are the best for singular values in [ℓ, 1], all of which reach 1 to 1e-8; ℓ falls with
-    the number of iterations: 0.08, 0.012, 2e-3, 1e-3 for 6, 8, 10, 11. Without scales (α = 1) values would grow by 3/2
-    a step only, with them by up to 2.6; smaller values than ℓ are damped. More than 11 steps are without.
+    iterations. The scales α of the first five steps are the best for singular values in [0.19, 1], those of the
+    others for the widest interval [ℓ, 1] that they bring to 1: ℓ = 0.025, 2e-3 for 9, 12 iterations; smaller values
+    are damped. Without scales (α = 1) values would grow by 3/2 a step only, with them by up to 2.6. It stops as soon as
+    WᵀW = I up to rounding.
 
     Args:
         P: (..., m, n).
-        iterations: at least 0.
+        iterations: at most so many.
 
     Returns:
         (..., m, n), with P's dtype.
@@ -109,15 +169,11 @@ def newton_schulz(P: Tensor, iterations: int = 8) -> Tensor:
     >>> torch.allclose(W, torch.eye(2), atol=1e-6)
     True
     """
-    scale = P.detach().abs().amax((-2, -1), keepdim=True)  # the result does not depend on it; avoids overflow
-    P = P / torch.where(scale > 0, scale, 1)
-    norm = gram_iteration_bound(P, iterations=3)[..., None, None]
-    W = P / torch.where(norm > 0, norm, 1)
-    transpose = W.shape[-2] < W.shape[-1]
-    W = W.mH if transpose else W
-    for alpha in _newton_schulz_scales(iterations):
-        W = (1.5 * alpha) * W - (0.5 * alpha**3) * (W @ (W.mH @ W))
-    return W.mH if transpose else W
+    if P.shape[-2] < P.shape[-1]:
+        return newton_schulz(P.mH, iterations).mH
+    entries = torch.view_as_real(P.resolve_conj()).flatten(-2) if P.is_complex() else P
+    largest = entries.detach().abs().amax((-2, -1), keepdim=True)  # avoids overflow; the result does not depend on it
+    return _NewtonSchulz.apply(P / torch.where(largest > 0, largest, 1), iterations)[0]
 
 
 class _Cayley(torch.autograd.Function):
@@ -128,13 +184,13 @@ class _Cayley(torch.autograd.Function):
         n = P.shape[-1]
         scale = CAYLEY_LIMIT / frobenius_norm(P)[..., None, None].clamp_min(CAYLEY_LIMIT)
         U, V = (P * scale).split([n, P.shape[-2] - n], dim=-2)
-        A = U - U.mH + V.mH @ V if P.shape[-2] > n else U - U.mH
-        eye = _eye_like(A)
-        Z, failed = torch.linalg.inv_ex(eye + A)
-        Z = torch.where((failed != 0)[..., None, None], torch.nan, Z)  # only NaN or infinite P gets here
-        W = 2 * Z - eye
+        M = U - U.mH + V.mH @ V if P.shape[-2] > n else U - U.mH
+        M.diagonal(dim1=-2, dim2=-1).add_(1)
+        Z, failed = torch.linalg.inv_ex(M)
+        W = _minus_identity(2 * Z)
         W = torch.cat([W, -2 * V @ Z], dim=-2) if P.shape[-2] > n else W
-        return _within_unit_ball(W, full_rank=True), Z, scale
+        W = _within_unit_ball(W, full_rank=True)
+        return torch.where((failed != 0)[..., None, None], torch.nan, W), Z, scale  # only NaN or infinite P fails
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -153,9 +209,9 @@ class _Cayley(torch.autograd.Function):
         to_A = -Z.mH @ to_Z @ Z.mH
         result = torch.cat([to_A - to_A.mH, V @ (to_A + to_A.mH) - 2 * to_lower @ Z.mH], dim=-2)
         # where P was scaled down, its length has no effect
-        radial = (P.conj() * result).real.sum((-2, -1), keepdim=True)
-        length = torch.where(scale < 1, CAYLEY_LIMIT / scale, torch.inf)
-        return scale * (result - (radial / length) * (P / length))
+        radial = torch.linalg.vecdot(P.flatten(-2), result.flatten(-2)).real[..., None, None]
+        squared = torch.where(scale < 1, (CAYLEY_LIMIT / scale).square(), torch.inf)
+        return scale * (result - (radial / squared) * P)
 
 
 def cayley(P: Tensor) -> Tensor:
@@ -192,11 +248,12 @@ class _Projector(torch.autograd.Function):
 
     @staticmethod
     def forward(V: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        X, scale = _unit_rows(to_double(V).mH)
-        L = _cholesky(X @ X.mH)
-        Y = _within_unit_ball(torch.linalg.solve_triangular(L, X, upper=False).mH, full_rank=False)
-        Y, L, scale = Y.to(V.dtype), L.to(V.dtype), scale.mT.to(V.real.dtype if V.is_complex() else V.dtype)
-        return Y[..., :rows, :] @ Y[..., :columns, :].mH, Y, L, scale
+        scale = _row_scale(V.mH).mT
+        X = to_double(V * scale)
+        L = _cholesky(X.mH @ X)
+        Y = torch.linalg.solve_triangular(L, X.mH, upper=False).mH.to(V.dtype)
+        Y = _within_unit_ball(Y, full_rank=False)
+        return Y[..., :rows, :] @ Y[..., :columns, :].mH, Y, L.to(V.dtype), scale
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -261,10 +318,11 @@ class _CholeskyOrthogonal(torch.autograd.Function):
 
     @staticmethod
     def forward(P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        X, scale = _unit_rows(to_double(P))
+        scale = _row_scale(P)
+        X = to_double(P * scale)
         L = _cholesky(X @ X.mH)
-        W = _within_unit_ball(torch.linalg.solve_triangular(L, X, upper=False), full_rank=False)
-        return W.to(P.dtype), L.to(P.dtype), scale.to(P.real.dtype if P.is_complex() else P.dtype)
+        W = torch.linalg.solve_triangular(L, X, upper=False).to(P.dtype)
+        return _within_unit_ball(W, full_rank=False), L.to(P.dtype), scale
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -350,7 +408,8 @@ def skew_exponential(S: Tensor, degree: int = 6) -> Tensor:
     """
     coefficients = skew_exponential_coefficients(degree)
     square = S @ S
-    powers = (_eye_like(S), S, square, S @ square)
+    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    powers = (eye, S, square, S @ square)
 
     def combine(some: tuple[float, ...]) -> Tensor:
         return sum((c * power for c, power in zip(some[1:], powers[1:], strict=False)), some[0] * powers[0])
