@@ -26,7 +26,7 @@ lint: .venv/installed
 	@echo "== ruff, mypy"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy liplayers benchmarks train.py certify.py
+	$(BIN)/mypy liplayers benchmarks docs train.py certify.py
 
 .venv/installed: pyproject.toml
 	@echo "== making .venv and installing liplayers with its dependencies (torch is large: some minutes)"

@@ -10,7 +10,9 @@ from liplayers.bounds import split_head as split_head
 from liplayers.errors import LipschitzError as LipschitzError
 from liplayers.layers import *
 from liplayers.layers import FAMILIES as FAMILIES
+from liplayers.layers import Family as Family
 from liplayers.layers import cached as cached
 from liplayers.layers import get_layer as get_layer
+from liplayers.layers import register as register
 
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import liplayers as lip
 from liplayers.errors import ArgumentError, ShapeError, UnknownBoundError
-from liplayers.layers.activations import _SLOPE_RANGES
+from liplayers.layers.activations import SLOPE_RANGES
 
 ANGLES = [0.0, 1e-9, 0.3, math.pi / 2, math.pi, 2.5, -4.0, 2 * math.pi, 1e3, -1e9, 1e9]
 SHAPES = {"vectors": (6, 5), "sequences": (4, 5, 3), "images": (3, 5, 2, 4)}
@@ -255,7 +255,7 @@ def prelu(*weights: float) -> nn.PReLU:
 
 
 SLOPED: list[nn.Module] = [
-    *(make() for make in _SLOPE_RANGES if make is not nn.RReLU),
+    *(make() for make in SLOPE_RANGES if make is not nn.RReLU),
     nn.ELU(0.3),
     nn.ELU(2.5),
     nn.ELU(-0.5),

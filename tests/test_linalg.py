@@ -163,7 +163,7 @@ def test_skew_exponential_is_a_contraction_close_to_the_exponential(degree: int,
         S = randn(5, 5, dtype=dtype, seed=seed)
         S = S - S.mH
         S = S * (length / norm(S))
-        W = skew_exponential(S, degree)
+        W = skew_exponential(S, skew_exponential_coefficients(degree))
         assert norm(W) <= 1
         assert norm(W - torch.from_numpy(scipy.linalg.expm(S.numpy()))) < error
 

@@ -289,7 +289,7 @@ _SELU = (0.0, 1.7580994)  # scale·α on the left of 0, where the slope jumps to
 
 # Not here: Threshold and Hardshrink, which jump, and torch's Softplus, which is log1p(exp(βx))/β up to its threshold
 # and x beyond, a jump down by log1p(exp(−threshold))/β: 2e-9 in float64 with the defaults.
-_SLOPE_RANGES: dict[type[nn.Module], Callable[..., Slopes | None]] = {
+SLOPE_RANGES: dict[type[nn.Module], Callable[..., Slopes | None]] = {
     nn.Identity: lambda m: (1.0, 1.0),
     nn.ReLU: lambda m: (0.0, 1.0),
     nn.ReLU6: lambda m: (0.0, 1.0),
@@ -324,7 +324,7 @@ def slope_range(activation: nn.Module) -> Slopes | None:
     >>> slope_range(nn.LeakyReLU(0.1)), slope_range(MaxMin())
     ((0.1, 1.0), None)
     """
-    rule = _SLOPE_RANGES.get(type(activation))  # exact type: a subclass may compute something else
+    rule = SLOPE_RANGES.get(type(activation))  # exact type: a subclass may compute something else
     return rule(activation) if rule else None
 
 

@@ -52,7 +52,7 @@ class BROLinear(LipschitzLinear):
     r"""Orthogonal dense layer: W = I − 2V(VᵀV)⁻¹Vᵀ, V of shape n × r, n = max(in, out), cut to out × in.
 
     W reflects the r-dimensional span of V: symmetric, with r eigenvalues −1. Signal gain at initialisation: 1, or
-    √(out/in) on average where out_features < in_features. Cost: one Cholesky factorisation of r × r.
+    √(out/in) on average where out_features < in_features. Cost: one Cholesky factorisation of r × r and two products.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
@@ -97,7 +97,8 @@ class BROConv2d(FourierConv2d):
 
     n = max(in_channels·s², out_channels), the map cut to its channels. Circular padding gives an orthogonal map of
     the (pixel-unshuffled) image; zero padding pads the image first and crops after, a contraction. The support is the
-    whole image. Signal gain at initialisation is 1 up to the border.
+    whole image. Signal gain at initialisation is 1 up to the border. Cost: a Cholesky factorisation of r × r and two
+    products for each frequency.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, bias, padding_mode, device, dtype: as in

@@ -73,6 +73,7 @@ class CayleyConv2d(FourierConv2d):
 
     Circular padding gives an orthogonal map of the (pixel-unshuffled) image; zero padding pads the image first and
     crops after, a contraction. The support is the whole image. Signal gain at initialisation is 1 up to the border.
+    Cost: an inverse of the smaller channel count for each frequency.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, bias, padding_mode, device, dtype: as in

@@ -88,7 +88,9 @@ class RescaledConvTranspose2d(LipschitzConvTranspose2d):
     """The adjoint of a `RescaledConv2d`, a contraction with the signature of `torch.nn.ConvTranspose2d`.
 
     Stride, dilation, groups and output_padding as in torch; zero padding only. Signal gain at initialisation is 1 at
-    most. Cost, source and errors as `RescaledConv2d`.
+    most. Cost and errors as `RescaledConv2d`.
+
+    Source: as `RescaledConv2d`.
 
     >>> RescaledConvTranspose2d(8, 3, 4, stride=2, padding=1)(torch.randn(1, 8, 5, 5)).shape
     torch.Size([1, 3, 10, 10])

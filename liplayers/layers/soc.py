@@ -100,6 +100,7 @@ class SOCConv2d(FourierConv2d):
         check_positive(self, terms=terms)
         super().__init__(*args, **kwargs)
         self.terms = terms
+        self._coefficients = skew_exponential_coefficients(terms)
 
     @property
     def _channels(self) -> int:
@@ -124,7 +125,7 @@ class SOCConv2d(FourierConv2d):
         return L / norm.clamp_min(1)
 
     def map_transfer(self, transfer: Tensor) -> Tensor:
-        return skew_exponential(transfer, self.terms)[..., : self.out_channels, : self._unshuffled[0]]
+        return skew_exponential(transfer, self._coefficients)[..., : self.out_channels, : self._unshuffled[0]]
 
     def compute_effective(self, *grid: int) -> Tensor:
         """W(ω) on a grid; without one the skew kernel itself."""
@@ -165,7 +166,7 @@ class SOCConv2d(FourierConv2d):
     def _series(self, x: Tensor) -> Tensor:
         L = self.effective().to(x.dtype)
         pads = (L.shape[-2] // 2, L.shape[-1] // 2)
-        *rest, last = skew_exponential_coefficients(self.terms)
+        *rest, last = self._coefficients
         y = last * x
         for c in reversed(rest):
             y = F.conv2d(y, L, padding=pads) + c * x

@@ -90,7 +90,8 @@ def _grid_slack(kernel: Tensor, grid: tuple[int, int]) -> float:
     ‖K̂‖ is the supremum of trigonometric polynomials of degree (k − 1)/2 along each axis, which keep at least
     cos(π(k − 1)/2N) of their maximum at the nearest of N points.
     """
-    return 1 / math.prod(math.cos(math.pi * (k - 1) / (2 * N)) for k, N in zip(kernel.shape[-2:], grid, strict=True))
+    kept = [math.cos(math.pi * (k - 1) / (2 * N)) for k, N in zip(kernel.shape[-2:], grid, strict=True)]
+    return 1 / (kept[0] * kept[1])  # of a generator torch.compile would break the graph
 
 
 def symbol_norm_bound(kernel: Tensor, density: int = 8, iterations: int = 7) -> Tensor:

@@ -397,16 +397,15 @@ def skew_exponential_coefficients(degree: int) -> tuple[float, ...]:
     return tuple(float(c) / math.sqrt(1 + delta) for c in powers)
 
 
-def skew_exponential(S: Tensor, degree: int = 6) -> Tensor:
-    """p(S) ≈ exp(S) for skew-Hermitian S of norm at most 1, a contraction; see `skew_exponential_coefficients`.
+def skew_exponential(S: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """p(S) ≈ exp(S), a contraction, for skew-Hermitian S of norm at most 1; see `skew_exponential_coefficients`.
 
     Three coefficients at a time, by Horner in S³: 1 + ⌈degree/3⌉ products.
 
     >>> S = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
-    >>> torch.allclose(skew_exponential(S), torch.linalg.matrix_exp(S), atol=1e-5)
+    >>> torch.allclose(skew_exponential(S, skew_exponential_coefficients(7)), torch.linalg.matrix_exp(S), atol=1e-5)
     True
     """
-    coefficients = skew_exponential_coefficients(degree)
     square = S @ S
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     powers = (eye, S, square, S @ square)
@@ -414,7 +413,7 @@ def skew_exponential(S: Tensor, degree: int = 6) -> Tensor:
     def combine(some: tuple[float, ...]) -> Tensor:
         return sum((c * power for c, power in zip(some[1:], powers[1:], strict=False)), some[0] * powers[0])
 
-    top = 3 * ((degree - 1) // 3)
+    top = 3 * ((len(coefficients) - 2) // 3)
     value = combine(coefficients[top:])
     for start in range(top - 3, -1, -3):
         value = combine(coefficients[start : start + 3]) + powers[3] @ value

@@ -1,0 +1,30 @@
+"""A family of its own: audited, measured and documented by being registered. `python -m docs.new_family`"""
+
+import pytest
+from torch import Tensor
+
+from benchmarks.layers import run
+from docs.catalogue import family_text
+from liplayers import Family, register
+from liplayers.layers.base import LipschitzLinear
+from liplayers.linalg.orthogonal import block_reflector
+
+
+class MirrorLinear(LipschitzLinear):
+    """Orthogonal dense layer: W = I − 2vvᵀ/‖v‖², a Householder reflection, cut to out × in.
+
+    Signal gain at initialisation: 1, at least √(out/in) on average. Cost: one outer product.
+    Source: Householder 1958."""
+
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"raw": (max(self.in_features, self.out_features), 1)}
+
+    def map_weight(self, raw: Tensor) -> Tensor:
+        return block_reflector(raw, self.out_features, self.in_features)
+
+
+register(Family("mirror", linear=MirrorLinear, orthogonal=frozenset({"linear"})))
+if __name__ == "__main__":
+    print(family_text("mirror"))
+    print([f"{row['size']}: training step {row['train_ratio']:.1f} x plain" for row in run(["mirror"], quick=True)])
+    raise SystemExit(pytest.main(["-q", "tests/test_audit.py", "-k", "mirror"]))
