@@ -1,0 +1,275 @@
+"""Each family's map against a dense formulation by numpy and scipy; the audit checks what all have in common."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from audit import MATRICES, jacobian, operator_norm, singular_values
+from torch import Tensor, nn
+
+import liplayers as lip
+from liplayers.layers.bcop import compose_projector
+from liplayers.linalg.convolution import polyphase, symbol_norm_bound
+from liplayers.linalg.orthogonal import projector
+
+F64 = torch.float64
+
+
+def matrix_of(layer: nn.Module, shape: tuple[int, ...]) -> np.ndarray:
+    """The dense matrix of an affine layer."""
+    return jacobian(layer, torch.zeros(shape, dtype=F64)).numpy()
+
+
+def circulant(kernel: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """The dense matrix of the circular convolution Σ_t K_t x(p − t), taps counted from the kernel's centre."""
+    out, channels, kh, kw = kernel.shape
+    dense = np.zeros((out, *size, channels, *size))
+    for a, b, h, w in product(range(kh), range(kw), range(size[0]), range(size[1])):
+        source = (h - a + (kh - 1) // 2) % size[0], (w - b + (kw - 1) // 2) % size[1]
+        dense[:, h, w, :, source[0], source[1]] += kernel[:, :, a, b].numpy()
+    return dense.reshape(out * math.prod(size), channels * math.prod(size))
+
+
+def circular(make, inputs: int = 3, outputs: int = 3, **options) -> nn.Module:
+    torch.manual_seed(0)
+    layer = make(inputs, outputs, 3, padding=1, padding_mode="circular", dtype=F64, **options)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return layer
+
+
+# Per frequency: the map of the whole circulant ------------------------------------------------------------------------
+
+SIZES = [(4, 4), (3, 5), (1, 4), (2, 2)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_lot_is_the_polar_factor_of_the_circulant(size: tuple[int, int]):
+    for inputs, outputs in ((3, 3), (2, 3), (3, 2)):
+        layer = circular(lip.LOTConv2d, inputs, outputs)
+        polar, _ = scipy.linalg.polar(circulant(layer.raw.detach(), size))
+        np.testing.assert_allclose(matrix_of(layer, (inputs, *size)), polar, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_cayley_is_the_cayley_transform_of_the_circulant(size: tuple[int, int]):
+    layer = circular(lip.CayleyConv2d)
+    P = layer.raw.detach() * (layer.gain.detach() / layer.raw.detach().norm())
+    U = circulant(P, size)
+    eye = np.eye(len(U))
+    expected = np.linalg.inv(eye + U - U.T) @ (eye - U + U.T)
+    np.testing.assert_allclose(matrix_of(layer, (3, *size)), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_bro_reflects_the_span_of_the_circulant(size: tuple[int, int]):
+    layer = circular(lip.BROConv2d, 4, 4)
+    V = circulant(layer.raw.detach(), size)
+    expected = np.eye(len(V)) - 2 * V @ np.linalg.pinv(V)
+    np.testing.assert_allclose(matrix_of(layer, (4, *size)), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_soc_is_the_exponential_of_a_skew_convolution(size: tuple[int, int], mode: str):
+    layer = circular(lip.SOCConv2d, terms=9)
+    if mode == "zeros":
+        zeros = lip.SOCConv2d(3, 3, 3, padding=1, terms=9, dtype=F64)
+        zeros.load_state_dict(layer.state_dict())
+        layer = zeros
+    kernel = layer.map_kernel(layer.raw.detach())
+    if mode == "circular":
+        L = circulant(kernel, size)
+    else:
+        L = matrix_of(lambda x: F.conv2d(x, kernel, padding=1), (3, *size))
+    assert np.abs(L + L.T).max() < 1e-14
+    np.testing.assert_allclose(matrix_of(layer, (3, *size)), scipy.linalg.expm(L), atol=3e-9)
+
+
+@pytest.mark.parametrize("arguments", [{"padding": 1}, {"padding": "same"}, {"stride": 2, "padding": 1}], ids=str)
+def test_soc_is_orthogonal_with_zero_padding(arguments: dict):
+    for inputs, outputs in ((3, 3), (2, 5), (5, 2), (1, 4)):
+        layer = lip.SOCConv2d(inputs, outputs, 3, dtype=F64, **arguments)
+        values = singular_values(layer, (inputs, 4, 6))
+        assert (values - 1).abs().max() < 1e-6
+
+
+def test_cholesky_is_gram_schmidt_at_each_frequency():
+    layer = circular(lip.CholeskyConv2d, 3, 2)
+    transfer = np.fft.rfft2(F.pad(layer.raw.detach(), (0, 2, 0, 1)).numpy()).transpose(2, 3, 0, 1)
+    L = np.linalg.cholesky(transfer @ transfer.conj().swapaxes(-1, -2))
+    expected = np.linalg.solve(L, transfer)
+    phase = np.exp(2j * np.pi * (np.arange(4)[:, None] / 4 + np.arange(3)[None] / 5))[..., None, None]  # the centre
+    np.testing.assert_allclose(layer.effective(4, 5).detach().numpy(), expected * phase, atol=1e-9)
+
+
+def test_exponential_linear_is_the_matrix_exponential():
+    for inputs, outputs in ((4, 4), (3, 5), (5, 3)):
+        layer = lip.ExponentialLinear(inputs, outputs, dtype=F64)
+        raw = layer.raw.detach().numpy()
+        expected = scipy.linalg.expm(raw - raw.T)[:outputs, :inputs]
+        np.testing.assert_allclose(layer.weight.detach().numpy(), expected, atol=1e-12)
+
+
+# Explicit kernels -----------------------------------------------------------------------------------------------------
+
+
+def test_composing_a_projector_is_convolving_twice():
+    torch.manual_seed(0)
+    kernel, P = torch.randn(1, 3, 4, 2, 2, dtype=F64), projector(torch.randn(1, 4, 2, dtype=F64))
+    x = torch.randn(1, 4, 6, 7, dtype=F64)
+    for axis, backwards in product((-2, -1), (False, True)):
+        taps = [P[0], torch.eye(4, dtype=F64) - P[0]]
+        pair = torch.stack(taps[::-1] if backwards else taps, -1).unsqueeze(2 if axis == -1 else 3)
+        inner = F.conv2d(x, pair)
+        expected = F.conv2d(inner, kernel[0])
+        composed = compose_projector(kernel, P, axis, backwards)
+        torch.testing.assert_close(F.conv2d(x, composed[0]), expected)
+
+
+AOC = [
+    (3, 3, 3, 1),
+    (2, 5, 3, 1),
+    (5, 2, (3, 2), 1),
+    (2, 3, 3, 2),
+    (2, 12, 3, 2),
+    (3, 7, 4, 2),
+    (2, 20, 3, (2, 1)),
+    (1, 5, 4, 3),
+    (1, 1, 3, 1),
+    (4, 4, 2, 2),
+]
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "kernel", "stride"), AOC, ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_aoc_is_an_isometry_in_every_shape(inputs: int, outputs: int, kernel, stride, groups: int):
+    """On the torus, by wrapping the image by hand: the constructor allows only what keeps the output small."""
+    torch.manual_seed(0)
+    layer = lip.AOCConv2d(groups * inputs, groups * outputs, kernel, stride, groups=groups, dtype=F64)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p))
+    (kh, kw), (sh, sw) = layer.kernel_size, layer.stride
+    weight = layer.weight.detach()
+
+    def torus(x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (0, kw - sw, 0, kh - sh), mode="circular"), weight, None, (sh, sw), groups=groups)
+
+    values = singular_values(torus, (groups * inputs, 6, 12))
+    assert (values - 1).abs().max() < 1e-9
+
+
+def test_bcop_starts_as_one_orthogonal_tap():
+    weight = lip.BCOPConv2d(4, 6, 3).weight.detach()
+    centre = weight[:, :, 1, 1].clone()
+    weight[:, :, 1, 1] = 0
+    assert weight.abs().max() < 1e-5
+    torch.testing.assert_close(centre.mT @ centre, torch.eye(4), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("make", [lip.RKOConv2d, lip.BjorckConv2d])
+def test_rko_divides_an_orthogonal_matrix_by_no_more_than_the_overlap(make):
+    for kernel, stride, dilation in ((3, 1, 1), (3, 2, 1), (2, 2, 1), (4, 2, 1), (3, 2, 2), (3, 3, 1)):
+        layer = make(3, 5, kernel, stride, dilation=dilation, dtype=F64)
+        with torch.no_grad():
+            layer.raw.add_(0.3 * torch.randn_like(layer.raw))
+        values = torch.linalg.svdvals(layer.weight.detach().flatten(1))
+        assert (values / values[0] - 1).abs().max() < 1e-7
+        overlap = math.ceil(kernel * math.gcd(stride, dilation) / stride)
+        assert values[0] >= 1 / overlap - 1e-7  # what the iteration converges to
+        if kernel == stride:
+            assert (values - 1).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "ones", "one-tap shift"])
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (2, 4), (5, 1)])
+def test_symbol_bound_is_close_above_the_norm_of_a_large_circulant(kind: str, kernel: tuple[int, int]):
+    for out, channels, stride in ((3, 3, (1, 1)), (1, 4, (1, 1)), (4, 1, (2, 1))):
+        raw = torch.randn(1, out, channels, *kernel, dtype=F64, generator=torch.Generator().manual_seed(0))
+        raw = MATRICES[kind](raw[0], torch.Generator().manual_seed(0))[None]
+        phases = polyphase(raw, stride)
+        norms = np.linalg.svd(np.fft.fft2(phases[0].numpy(), (48, 48)).transpose(2, 3, 0, 1), compute_uv=False)
+        bound = symbol_norm_bound(phases).item()
+        assert norms.max() * (1 - 1e-12) <= bound <= norms.max() * 1.05
+
+
+def test_symbol_bound_is_differentiable_for_each_group():
+    torch.manual_seed(0)
+    kernel = torch.randn(2, 2, 3, 3, 2, dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(symbol_norm_bound, (kernel,))
+    alone = torch.cat([symbol_norm_bound(k[None]) for k in kernel])
+    torch.testing.assert_close(symbol_norm_bound(kernel), alone)
+
+
+def test_rescaled_layers_have_norm_one_nearly():
+    torch.manual_seed(0)
+    linear = lip.RescaledLinear(9, 5, dtype=F64)
+    conv = lip.RescaledConv2d(3, 4, 3, padding=1, padding_mode="circular", dtype=F64)
+    with torch.no_grad():
+        for layer in (linear, conv):
+            layer.raw.normal_()
+    assert 0.99 < operator_norm(linear, (9,)) <= 1 + 1e-12
+    assert 0.94 < operator_norm(conv, (3, 12, 12)) <= 1 + 1e-12
+    ratio = linear.weight / linear.raw
+    torch.testing.assert_close(ratio, ratio[:1, :1].expand_as(ratio))
+
+
+# Blocks ---------------------------------------------------------------------------------------------------------------
+
+
+def test_cpl_is_the_formula():
+    torch.manual_seed(0)
+    block = lip.CPLBlock(4, 6, dtype=F64)
+    with torch.no_grad():
+        block.raw.normal_()
+        block.bias.normal_()
+    W, b = block.raw.detach().numpy(), block.bias.detach().numpy()
+    x = np.random.default_rng(0).normal(size=(5, 4))
+    step = 2 / np.linalg.norm(W, 2) ** 2
+    moved = x - block(torch.from_numpy(x)).detach().numpy()
+    expected = step * np.maximum(x @ W.T + b, 0) @ W
+    shrink = moved / expected
+    assert np.ptp(shrink) < 1e-9
+    assert 0.97 < shrink.min() <= 1
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_cpl_convolution_is_a_gradient_step(mode: str):
+    torch.manual_seed(0)
+    block = lip.CPLConv2dBlock(2, 3, padding_mode=mode, dtype=F64)
+    with torch.no_grad():
+        block.raw.normal_()
+        block.bias.normal_()
+    kernel = block.raw.detach()
+    x = torch.randn(1, 2, 5, 6, dtype=F64, requires_grad=True)
+    wrapped = F.pad(x, (1, 1, 1, 1), mode="circular") if mode == "circular" else F.pad(x, (1, 1, 1, 1))
+    hidden = F.conv2d(wrapped, kernel, block.bias.detach())
+    (gradient,) = torch.autograd.grad(hidden.relu().square().sum() / 2, x)
+    step = (x - block(x)).detach() / gradient
+    assert step.max() - step.min() < 1e-9
+    exact = operator_norm(lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), kernel), (2, 12, 12))
+    assert 0.9 * 2 / exact**2 < step.mean() <= 2 / exact**2 * (1 + 1e-9)
+
+
+def test_liresnet_is_a_scaled_residual_convolution():
+    torch.manual_seed(0)
+    block = lip.LiResNetConv2dBlock(3, dtype=F64)
+    with torch.no_grad():
+        block.raw.normal_(std=0.3)
+        block.bias.normal_()
+    x = torch.randn(2, 3, 6, 5, dtype=F64)
+    plain = x + F.conv2d(x, block.raw, padding=1)
+    ratio = (block(x) - block.bias[:, None, None]) / plain
+    torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio))
+    dense = lip.LiResNetBlock(4, bias=False, dtype=F64)
+    y = torch.randn(2, 4, dtype=F64)
+    scale = dense(y) / (y + y @ dense.raw.mT)
+    torch.testing.assert_close(scale, scale.flatten()[0].expand_as(scale))
