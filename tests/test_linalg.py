@@ -30,6 +30,7 @@ from liplayers.linalg.orthogonal import (
     cholesky_orthogonal,
     newton_schulz,
     projector,
+    rotation,
     skew_exponential,
     skew_exponential_coefficients,
 )
@@ -168,7 +169,20 @@ def test_skew_exponential_is_a_contraction_close_to_the_exponential(degree: int,
         assert norm(W - torch.from_numpy(scipy.linalg.expm(S.numpy()))) < error
 
 
-@pytest.mark.parametrize("degree", range(1, 10))
+@COMPLEX
+@pytest.mark.parametrize("length", [1e-9, 0.3, 3.3, 4.5, 1e3, 1e9])
+def test_rotation_is_the_exponential_up_to_half_a_turn(length: float, dtype: torch.dtype):
+    S = randn(6, 6, dtype=dtype)
+    S = S - S.mH
+    S = S * (length / norm(S))
+    W = rotation(S)
+    torch.testing.assert_close(W.mH @ W, torch.eye(6, dtype=dtype), atol=1e-9, rtol=0)
+    if length < 3.5:
+        assert norm(W - torch.from_numpy(scipy.linalg.expm(S.numpy()))) < 1e-9
+    assert norm(rotation(S.to(torch.complex64 if S.is_complex() else torch.float32)).to(dtype)) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("degree", range(1, 12))
 def test_skew_exponential_polynomial_stays_in_the_unit_disc_between_its_nodes(degree: int):
     theta = np.linspace(-1, 1, 20001)
     values = np.polynomial.polynomial.polyval(1j * theta, skew_exponential_coefficients(degree))

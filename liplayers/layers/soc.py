@@ -19,19 +19,17 @@ from liplayers.layers.base import LipschitzLinear, check_positive
 from liplayers.layers.conv import FourierConv2d
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.convolution import row_sum_bound
-from liplayers.linalg.orthogonal import exponential, skew_exponential, skew_exponential_coefficients
+from liplayers.linalg.orthogonal import rotation, skew_exponential, skew_exponential_coefficients
 
 __all__ = ["ExponentialLinear", "SOCConv2d"]
-
-
-ANGLE_LIMIT = 1e3  # of ‖S‖_F: beyond it the angles of the rotation drown in the rounding of float32
 
 
 class ExponentialLinear(LipschitzLinear):
     r"""Orthogonal dense layer: W = exp(P − Pᵀ), P of max(in, out) square, cut to out × in.
 
-    It reaches all rotations (determinant 1). Signal gain at initialisation: 1, or √(out/in) on average where
-    out_features < in_features. Cost: one matrix exponential (about ten products) of max(in, out), twice that backwards.
+    It reaches all rotations (determinant 1); P − Pᵀ is shortened where its norm may be above 4. Signal gain at
+    initialisation: 1, or √(out/in) on average where out_features < in_features. Cost: twelve products of max(in, out),
+    twice that backwards.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
@@ -60,9 +58,7 @@ class ExponentialLinear(LipschitzLinear):
             nn.init.zeros_(self.bias)
 
     def map_weight(self, raw: Tensor) -> Tensor:
-        S = raw - raw.mT
-        shorten = ANGLE_LIMIT / torch.linalg.matrix_norm(S).clamp_min(ANGLE_LIMIT)
-        return exponential(S * shorten)[: self.out_features, : self.in_features]
+        return rotation(raw - raw.mT)[: self.out_features, : self.in_features]
 
 
 class SOCConv2d(FourierConv2d):

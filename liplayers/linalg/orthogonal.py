@@ -362,16 +362,6 @@ def cholesky_orthogonal(P: Tensor) -> Tensor:
     return _CholeskyOrthogonal.apply(P)[0]
 
 
-def exponential(S: Tensor) -> Tensor:
-    """exp(S) of a skew-Hermitian S, orthogonal.
-
-    >>> W = exponential(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
-    >>> torch.allclose(W @ W.mT, torch.eye(2), atol=1e-6)
-    True
-    """
-    return _within_unit_ball(torch.linalg.matrix_exp(S), full_rank=True)
-
-
 @lru_cache
 def skew_exponential_coefficients(degree: int) -> tuple[float, ...]:
     """c_0 … c_degree of a polynomial p with p(S) ≈ exp(S), a contraction for every skew S of norm at most 1.
@@ -418,3 +408,23 @@ def skew_exponential(S: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     for start in range(top - 3, -1, -3):
         value = combine(coefficients[start : start + 3]) + powers[3] @ value
     return value
+
+
+_ROTATION = skew_exponential_coefficients(10)  # at import: torch.compile does not trace numpy
+
+
+def rotation(S: Tensor) -> Tensor:
+    """exp(S) of a skew-Hermitian S, divided by a quarter of a proven bound of its norm where that is above 4.
+
+    p(S/4)⁴ with the polynomial of degree 10: five products and two squarings. Every rotation has a logarithm of norm
+    at most π, and the bound (Gram iteration) exceeds the norm by n^(1/32) at most: the shortening loses no rotation of
+    n up to 2000.
+
+    >>> S = torch.tensor([[0.0, 3.0], [-3.0, 0.0]])
+    >>> torch.allclose(rotation(S), torch.linalg.matrix_exp(S), atol=1e-5)
+    True
+    """
+    quarter = S / gram_iteration_bound(S, iterations=4)[..., None, None].clamp_min(4)
+    root = skew_exponential(quarter, _ROTATION)
+    square = root @ root
+    return _within_unit_ball(square @ square, full_rank=True)
