@@ -165,7 +165,7 @@ def page() -> str:
     parts = [
         HEAD.strip(),
         families_table(families),
-        "Bold: orthogonal for all parameters.",
+        "Bold: orthogonal for all parameters of full rank.",
         "## What convolutions support",
         "Zero padding of any width and bias are supported by all. *Support* is where the weight lives: an explicit "
         "kernel, which exports to a plain convolution, or the whole image, one matrix for each frequency.",

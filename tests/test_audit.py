@@ -755,6 +755,105 @@ def test_gradcheck(family: str, role: str):
     assert torch.autograd.gradcheck(run, (x, *layer.parameters()), atol=1e-6)
 
 
+def loss_of(layer: nn.Module, x: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, values, (x,)).pow(3).sum()
+
+    return loss
+
+
+@REGISTERED
+def test_a_second_derivative_is_right_or_raises(family: str, role: str):
+    """Gradients that are written out by hand lack their own derivatives; torch.func would not have noticed."""
+    layer, shape = example(family, role, torch.float64)
+    perturb(layer)
+    values = {name: p.detach() for name, p in layer.named_parameters()}
+    along = {name: torch.randn_like(p) for name, p in values.items()}
+    loss = loss_of(layer, torch.randn(2, *shape, dtype=torch.float64))
+
+    def slope(values: dict[str, Tensor]) -> Tensor:
+        gradient = torch.func.grad(loss)(values)
+        return torch.stack([(gradient[name] * along[name]).sum() for name in values]).sum()
+
+    def moved(step: float) -> dict[str, Tensor]:
+        return {name: p + step * along[name] for name, p in values.items()}
+
+    try:
+        second = torch.func.grad(slope)(values)
+    except NotImplementedError as error:
+        if "differentiated again" not in str(error):
+            raise
+        return
+    curvature = sum((second[name] * along[name]).sum() for name in values)
+    expected = (slope(moved(1e-5)) - slope(moved(-1e-5))) / 2e-5
+    torch.testing.assert_close(curvature, expected, rtol=1e-4, atol=1e-4)
+
+
+@REGISTERED
+def test_per_sample_gradients_and_jacobians_of_the_parameters(family: str, role: str):
+    layer, shape = example(family, role, torch.float64)
+    perturb(layer)
+    values = {name: p.detach() for name, p in layer.named_parameters()}
+    x = torch.randn(3, *shape, dtype=torch.float64)
+
+    def one(values: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return loss_of(layer, sample[None])(values)
+
+    each = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0))(values, x)
+    together = torch.func.jacrev(lambda values: torch.stack([one(values, sample) for sample in x]))(values)
+    for name in values:
+        torch.testing.assert_close(each[name], together[name])
+
+
+@REGISTERED
+def test_the_cached_context_notices_parameters_put_in_their_place(family: str, role: str):
+    layer, shape = example(family, role)
+    x = torch.randn(2, *shape)
+    with cached():
+        for scale in range(1, 7):
+            values = {name: p * torch.linspace(1, scale, p.numel()).view_as(p) for name, p in layer.named_parameters()}
+            inside = torch.func.functional_call(layer, values, (x,)).detach()
+            twin, _ = example(family, role)
+            twin.load_state_dict({name: value.detach() for name, value in values.items()}, strict=False)
+            torch.testing.assert_close(inside, outputs(twin, x))
+            del values
+
+
+@REGISTERED
+def test_weights_are_computed_without_tf32(family: str, role: str):
+    """cudnn's convolutions run in TF32 unless told otherwise, and an autocorrelation is one."""
+    layer, shape = example(family, role)
+    settings = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul]
+    seen = []
+    for part in layer.modules():
+        if isinstance(part, ParametrizedModule):
+            original = part.compute_effective
+
+            def spying(*key: Any, original: Callable = original) -> Any:
+                seen.extend(backend.fp32_precision for backend in settings)
+                return original(*key)
+
+            part.compute_effective = spying  # type: ignore[method-assign]
+    before = [backend.fp32_precision for backend in settings]
+    try:
+        for backend in settings:
+            backend.fp32_precision = "tf32"
+        layer(torch.randn(2, *shape))
+        assert [backend.fp32_precision for backend in settings] == ["tf32"] * 3
+    finally:
+        for backend, precision in zip(settings, before, strict=True):
+            backend.fp32_precision = precision
+    assert set(seen) == {"ieee"}
+
+
+@REGISTERED
+def test_runs_on_meta_for_its_shapes(family: str, role: str):
+    layer, shape = example(family, role)
+    on_meta, _ = example(family, role, device="meta")
+    x = torch.randn(2, *shape)
+    assert on_meta(x.to("meta")).shape == layer(x).shape
+
+
 @pytest.mark.slow
 @REGISTERED
 @pytest.mark.parametrize("training", [True, False])

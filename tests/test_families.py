@@ -275,3 +275,26 @@ def test_liresnet_is_a_scaled_residual_convolution():
     y = torch.randn(2, 4, dtype=F64)
     scale = dense(y) / (y + y @ dense.raw.mT)
     torch.testing.assert_close(scale, scale.flatten()[0].expand_as(scale))
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("terms", [0, 13, 80, 2.0])
+def test_soc_refuses_polynomials_that_lose_their_accuracy(terms):
+    with pytest.raises(lip.LipschitzError, match="terms"):
+        lip.SOCConv2d(2, 2, 3, terms=terms)
+
+
+@pytest.mark.parametrize("make", [lip.BROConv2d, lip.SOCConv2d, lip.LOTConv2d])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, F64])
+def test_layers_per_frequency_refuse_images_of_another_dtype(make, dtype: torch.dtype):
+    layer = make(2, 2, 3, padding=1)
+    with pytest.raises(lip.LipschitzError, match=str(dtype)):
+        layer(torch.ones(1, 2, 4, 4, dtype=dtype))
+
+
+def test_bro_refuses_a_rank_ratio_that_is_no_number():
+    for ratio in ("a", True, None):
+        with pytest.raises(lip.LipschitzError, match="rank_ratio"):
+            lip.BROLinear(4, 4, rank_ratio=ratio)

@@ -156,6 +156,16 @@ def test_cholesky_orthogonal_of_deficient_rows_stays_a_contraction():
             assert norm(cholesky_orthogonal(P).double()) <= 1 + 1e-6
 
 
+@pytest.mark.parametrize("length", [3000, 20000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factorisations_of_long_deficient_rows_are_finite(length: int, dtype: torch.dtype):
+    """The rounding of a Gram matrix grows with the length of the sums in it."""
+    equal = randn(1, length).expand(16, length).to(dtype)
+    for P in (equal, torch.full_like(equal, 0.3), torch.ones_like(equal)):
+        assert norm(cholesky_orthogonal(P).double()) <= 1 + 1e-6
+        assert norm(projector(P.mT, 16, length).double()) <= 1 + 1e-6
+
+
 @COMPLEX
 @pytest.mark.parametrize("degree", range(1, 10))
 def test_skew_exponential_is_a_contraction_close_to_the_exponential(degree: int, dtype: torch.dtype):

@@ -14,15 +14,9 @@ from liplayers.layers.base import LipschitzLinear
 from liplayers.layers.conv import KernelConv2d, LipschitzConvTranspose2d
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.convolution import autocorrelation, polyphase, tap_phases
-from liplayers.linalg.norms import gram
+from liplayers.linalg.norms import gram, unit_scale
 
 __all__ = ["AOLConv2d", "AOLConvTranspose2d", "AOLLinear"]
-
-
-def _unit_scale(P: Tensor) -> Tensor:
-    """P divided by its largest entry: the AOL weight does not depend on the scale, its Gram matrix might overflow."""
-    largest = P.detach().abs().amax()
-    return P / torch.where(largest > 0, largest, 1)
 
 
 def safe_rsqrt(row_sums: Tensor) -> Tensor:
@@ -55,7 +49,7 @@ class AOLLinear(LipschitzLinear):
     """
 
     def map_weight(self, raw: Tensor) -> Tensor:
-        P = _unit_scale(raw)
+        P, _ = unit_scale(raw)  # the weight does not depend on the scale
         scale = safe_rsqrt(gram(P).abs().sum(-1))
         return P * scale if len(scale) == P.shape[1] else P * scale[:, None]
 
@@ -84,7 +78,7 @@ class AOLConv2d(KernelConv2d):
     """
 
     def map_kernel(self, raw: Tensor) -> Tensor:
-        P = _unit_scale(raw)
+        P, _ = unit_scale(raw)  # the weight does not depend on the scale
         phases = polyphase(P, self.stride, self.dilation)
         inputs = phases.shape[2] <= phases.shape[1]
         scale = safe_rsqrt(autocorrelation(phases, "in" if inputs else "out").abs().sum((2, 3, 4)))

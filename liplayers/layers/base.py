@@ -8,8 +8,9 @@ averaged weights use, does not advance it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -96,11 +97,12 @@ class ParametrizedModule(LipschitzModule):
             shared = _shared.get()
             if shared is None:
                 return self._compute(*key)
-            versions = tuple((p.data_ptr(), p._version) for p in raw)
+            versions = _versions(raw)
             entry = shared.get((self, key))
-            if entry is None or entry[0] != versions:
-                entry = shared[(self, key)] = (versions, self._compute(*key))
-            return entry[1]
+            # the parameters themselves, not their addresses: torch.func.functional_call puts others in their place
+            if entry is None or entry[1] != versions or not all(map(operator.is_, entry[0], raw)):
+                entry = shared[(self, key)] = (raw, versions, self._compute(*key))
+            return entry[2]
         if len(self._raw_seen) != len(raw) or not all(map(_identical, self._raw_seen, raw)):
             self._cache = {}
             self._raw_seen = [p.detach().clone() for p in raw]
@@ -117,7 +119,7 @@ class ParametrizedModule(LipschitzModule):
         return entry[1]
 
     def _compute(self, *key: Any) -> Any:
-        with torch.autocast(self.raw_device.type, enabled=False):
+        with exact_precision(self.raw_device):
             return self.compute_effective(*key)
 
     @property
@@ -147,6 +149,30 @@ class ParametrizedModule(LipschitzModule):
         state = self.__dict__.copy()
         state["_cache"], state["_raw_seen"] = {}, []
         return state
+
+
+_PRECISIONS: tuple[Any, ...] = (
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+)
+
+
+@contextmanager
+def exact_precision(device: torch.device) -> Iterator[None]:
+    """Autocast off, and products of float32 matrices and kernels in float32, not in TF32 or bfloat16."""
+    # meta knows no autocast; torch.compile traces no backend settings
+    fixed = device.type == "meta" or torch.compiler.is_compiling()
+    settings = [] if fixed else [(backend, backend.fp32_precision) for backend in _PRECISIONS]
+    try:
+        for backend, _ in settings:
+            backend.fp32_precision = "ieee"
+        with nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in settings:
+            backend.fp32_precision = precision
 
 
 def _versions(value: Any) -> tuple[int, ...]:
@@ -222,7 +248,7 @@ class LipschitzLinear(ParametrizedModule):
 
 def low_precision_excess(module: LipschitzLinear, dtype: torch.dtype) -> float:
     """‖W_executed − W‖_F, what rounding the weight to bfloat16 or float16 can add to its norm."""
-    with torch.no_grad(), torch.autocast(module.raw_device.type, enabled=False):
+    with torch.no_grad(), exact_precision(module.raw_device):
         exact = module.map_weight(*module.raw_values()).double()
         return torch.linalg.matrix_norm(exact.to(module.raw.dtype).to(dtype).double() - exact).item()
 

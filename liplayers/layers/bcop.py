@@ -55,8 +55,9 @@ class AOCConv2d(KernelConv2d):
     orthogonal (rows where out_channels ≤ in_channels·s², else columns) with circular padding of (k − 1)/2 and a stride
     that divides the image; a contraction with zero padding of any width. At stride 1 it is BCOP. Supports groups, even
     and non-square kernels, dilation (with stride, where they are coprime), kernels smaller than the stride (then a
-    contraction). Signal gain at initialisation is 1 (one orthogonal tap; for k − s odd, two). Cost: Cholesky
-    factorisations of c × c, independent of batch and image; runs and exports as a plain convolution.
+    contraction). Signal gain at initialisation is 1 (one orthogonal block of s × s taps, one tap more along an axis
+    where k − s is odd). Cost: Cholesky factorisations of c × c, independent of batch and image; runs and exports as a
+    plain convolution.
 
     Args:
         in_channels … dtype: as in `torch.nn.Conv2d`; padding_mode "zeros" or "circular".
@@ -152,8 +153,8 @@ class BCOPConv2d(AOCConv2d):
 
     The block convolution of 2(k − 1) pairs of complementary projectors. Exactly orthogonal with circular padding of
     (k − 1)/2, a contraction with zero padding. Supports groups, dilation, even and non-square kernels. Signal gain at
-    initialisation is 1 (one orthogonal tap; for even k, two). Cost: Cholesky factorisations of c × c, independent of
-    batch and image; runs and exports as a plain convolution.
+    initialisation is 1 (one orthogonal tap; along an axis of even k, two). Cost: Cholesky factorisations of c × c,
+    independent of batch and image; runs and exports as a plain convolution.
 
     Args:
         in_channels … dtype: as in `torch.nn.Conv2d`; padding_mode "zeros" or "circular"; stride 1.

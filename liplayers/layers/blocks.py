@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError, ShapeError
 from liplayers.layers.activations import require_slope_range
-from liplayers.layers.base import ParametrizedModule, check_positive, fill_orthogonal_
+from liplayers.layers.base import ParametrizedModule, check_positive, exact_precision, fill_orthogonal_
 from liplayers.layers.conv import wrap
 from liplayers.linalg.convolution import orthogonal_taps_
 
@@ -56,7 +56,7 @@ class _Block(ParametrizedModule):
         dtype = self.executed_dtype()
         if torch.finfo(dtype).bits >= 32:
             return 1.0
-        with torch.no_grad(), torch.autocast(self.raw_device.type, enabled=False):
+        with torch.no_grad(), exact_precision(self.raw_device):
             incoming, outgoing = (w.double() for w in self.map_pair(*self.raw_values()))
             low_in, low_out = (w.to(self.raw.dtype).to(dtype).double() for w in (incoming, outgoing))
 

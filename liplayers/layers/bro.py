@@ -25,7 +25,7 @@ NOISE = 0.5  # of the quasi-residual initialisation V = I + NOISE·P, P Gaussian
 
 
 def _check_rank_ratio(owner: object, rank_ratio: float) -> None:
-    if not 0 < rank_ratio <= 1:
+    if isinstance(rank_ratio, bool) or not isinstance(rank_ratio, (int, float)) or not 0 < rank_ratio <= 1:
         raise ArgumentError(f"{type(owner).__name__}: rank_ratio={rank_ratio!r}; expected a number in (0, 1]")
 
 

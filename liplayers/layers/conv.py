@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError, ShapeError
-from liplayers.layers.base import LipschitzModule, ParametrizedModule, check_positive
+from liplayers.layers.base import LipschitzModule, ParametrizedModule, check_positive, exact_precision
 from liplayers.linalg.convolution import orthogonal_taps_
 from liplayers.linalg.fourier import fast_size, fourier_multiply, transfer_matrix
 
@@ -185,7 +185,7 @@ class KernelConv2d(LipschitzConv2d):
         dtype = self.executed_dtype()
         if torch.finfo(dtype).bits >= 32:
             return 1.0
-        with torch.no_grad(), torch.autocast(self.raw_device.type, enabled=False):
+        with torch.no_grad(), exact_precision(self.raw_device):
             exact = self._mapped().double()
             error = exact.to(self.raw.dtype).to(dtype).double() - exact
         # the norm of a convolution is at most the sum of its taps' norms
@@ -363,6 +363,15 @@ class FourierConv2d(LipschitzConv2d):
         x = rearrange(x, "n c (h a) (w b) -> n (c a b) h w", a=sh, b=sw)
         return x, (grid[0], grid[1]), (start[0], start[1])
 
+    def _check_input(self, x: Tensor) -> None:
+        super()._check_input(x)
+        # a transform of integers would be rounded to integers again
+        if x.dtype != self.raw.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise ArgumentError(
+                f"{type(self).__name__}: got an input of {x.dtype}, its parameters are of {self.raw.dtype}; "
+                f"cast one to the other"
+            )
+
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
         batched = x.dim() == 4
@@ -371,7 +380,7 @@ class FourierConv2d(LipschitzConv2d):
         y = y.to(torch.promote_types(y.dtype, torch.float32))  # no transform exists in half precision
         y, grid, (top, left) = self._unshuffle(y, out)
         inside = 0 <= top <= grid[0] - out[0] and 0 <= left <= grid[1] - out[1]
-        with torch.autocast(x.device.type, enabled=False):
+        with exact_precision(x.device):
             weight = self.effective(*grid)
             y = fourier_multiply(y, weight, grid, (top + out[0], left + out[1]) if inside else grid)
         if not inside:

@@ -18,7 +18,7 @@ class Family:
 
     `linear`, `conv` and `conv_transpose` have the signatures of nn.Linear, nn.Conv2d and nn.ConvTranspose2d;
     `dense_block(features)` and `conv_block(channels)` keep the shape of their input. `orthogonal` lists the roles whose
-    map is orthogonal for all parameters (for "conv", with circular padding).
+    map is orthogonal for all parameters of full rank (for "conv", with circular padding).
     """
 
     name: str

@@ -15,15 +15,9 @@ from liplayers.layers.base import LipschitzLinear
 from liplayers.layers.conv import KernelConv2d, LipschitzConvTranspose2d
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.convolution import polyphase, symbol_norm_bound
-from liplayers.linalg.norms import gram_iteration_bound
+from liplayers.linalg.norms import gram_iteration_bound, unit_scale
 
 __all__ = ["RescaledConv2d", "RescaledConvTranspose2d", "RescaledLinear"]
-
-
-def _unit_scale(raw: Tensor) -> Tensor:
-    """raw divided by its largest entry: the weight does not depend on the scale, a Gram matrix might overflow."""
-    largest = raw.detach().abs().amax()
-    return raw / torch.where(largest > 0, largest, 1)
 
 
 class RescaledLinear(LipschitzLinear):
@@ -49,7 +43,7 @@ class RescaledLinear(LipschitzLinear):
     """
 
     def map_weight(self, raw: Tensor) -> Tensor:
-        P = _unit_scale(raw)
+        P, _ = unit_scale(raw)  # the weight does not depend on the scale
         norm = gram_iteration_bound(P)
         return P / torch.where(norm > 0, norm, 1)
 
@@ -79,7 +73,7 @@ class RescaledConv2d(KernelConv2d):
     """
 
     def map_kernel(self, raw: Tensor) -> Tensor:
-        P = _unit_scale(raw)
+        P, _ = unit_scale(raw)  # the weight does not depend on the scale
         norm = symbol_norm_bound(polyphase(P, self.stride, self.dilation))
         return P / rearrange(torch.where(norm > 0, norm, 1), "g -> g 1 1 1 1")
 

@@ -15,13 +15,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from liplayers.layers.base import LipschitzLinear, check_positive
+from liplayers.errors import ArgumentError
+from liplayers.layers.base import LipschitzLinear, check_positive, exact_precision
 from liplayers.layers.conv import FourierConv2d
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.convolution import row_sum_bound
 from liplayers.linalg.orthogonal import rotation, skew_exponential, skew_exponential_coefficients
 
 __all__ = ["ExponentialLinear", "SOCConv2d"]
+
+
+MOST_TERMS = 12  # the polynomial's coefficients lose their accuracy far beyond
 
 
 class ExponentialLinear(LipschitzLinear):
@@ -66,22 +70,23 @@ class SOCConv2d(FourierConv2d):
 
     p is a polynomial of degree `terms` with |p(iθ)| ≤ 1 on [−1, 1]; with 7 terms 1 − |p| < 4e-7. L acts on
     max(in_channels·s², out_channels) channels of the (pixel-unshuffled) image, zeros appended or outputs cut. Zero
-    padding, too, keeps L skew and the layer orthogonal, where the output has the size of the image (padding (k − 1)/2);
-    what is padded beyond that is embedded, what is less is cropped. With zero padding L is applied `terms` times, with
-    circular padding p is formed at each frequency. Signal gain at initialisation is 1. Cost: with zero padding `terms`
+    padding, too, keeps L skew and the layer orthogonal, where the output has the size of the image (padding
+    (k − 1)/2, a stride that divides it); what is padded beyond that is embedded, what is less is cropped. With zero
+    padding L is applied `terms` times, with circular padding p is formed at each frequency. Signal gain at
+    initialisation is 1. Cost: with zero padding `terms`
     convolutions (the costliest of all families); with circular padding 1 + ⌈terms/3⌉ products for each frequency.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, bias, padding_mode, device, dtype: as in
             `torch.nn.Conv2d`; padding_mode "zeros" or "circular"; a stride acts by pixel-unshuffling, with the kernel
             ⌈k/s⌉ on the unshuffled image. An even kernel has the symmetric support of the next odd one.
-        terms: degree of the polynomial.
+        terms: degree of the polynomial, at most 12.
 
     Shape:
         (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
 
     Raises:
-        ArgumentError: dilation or groups other than 1, padding that would exceed norm 1, terms below 1.
+        ArgumentError: dilation or groups other than 1, padding that would exceed norm 1, terms outside 1 … 12.
         ShapeError: at call, circular padding with a stride that does not divide the image.
 
     Source: Singla & Feizi 2021, arXiv 2105.11417.
@@ -94,6 +99,8 @@ class SOCConv2d(FourierConv2d):
 
     def __init__(self, *args: Any, terms: int = 7, **kwargs: Any) -> None:
         check_positive(self, terms=terms)
+        if terms > MOST_TERMS:
+            raise ArgumentError(f"SOCConv2d: terms={terms!r}; expected at most {MOST_TERMS}, which is exact to 1e-12")
         super().__init__(*args, **kwargs)
         self.terms = terms
         self._coefficients = skew_exponential_coefficients(terms)
@@ -149,7 +156,7 @@ class SOCConv2d(FourierConv2d):
         out = self.output_size(*x.shape[-2:])
         y = (x if batched else x[None]).to(torch.promote_types(x.dtype, torch.float32))
         y, (top, left) = self._frame(y, out)
-        with torch.autocast(x.device.type, enabled=False):
+        with exact_precision(x.device):
             y = self._series(F.pad(y, (0, 0, 0, 0, 0, self._channels - y.shape[1])))
         y = y[:, : self.out_channels, top : top + out[0], left : left + out[1]].to(x.dtype)
         if self.bias is not None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def gram(W: Tensor) -> Tensor:
@@ -18,6 +17,40 @@ def frobenius_norm(W: Tensor) -> Tensor:
     """‖W‖_F of (..., m, n); over real and imaginary parts, since torch's norm of complex entries is slow."""
     entries = torch.view_as_real(W.resolve_conj()).flatten(-3) if W.is_complex() else W.flatten(-2)
     return torch.linalg.vector_norm(entries, dim=-1)
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(result: Tensor, *inputs: Tensor) -> Tensor:
+        return result.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:  # type: ignore[override]
+        raise NotImplementedError("this gradient was written out by hand and cannot be differentiated again")
+
+
+def differentiable_once(result: Tensor, *inputs: Tensor) -> Tensor:
+    """`result`, the gradient of a function of `inputs`, which raises where it is to be differentiated again.
+
+    torch's `once_differentiable` does not see the levels of torch.func, where a second derivative would silently lack
+    its parts.
+    """
+    if not torch.is_grad_enabled():
+        return result
+    return _DifferentiableOnce.apply(result, *inputs)
+
+
+def unit_scale(P: Tensor) -> tuple[Tensor, Tensor]:
+    """P divided by its largest entry, squares of which might not be floats, and that entry (1 for zeros)."""
+    largest = P.detach().abs().amax()
+    scale = torch.where(largest > 0, largest, 1)
+    return P / scale, scale
 
 
 class _GramIteration(torch.autograd.Function):
@@ -50,7 +83,6 @@ class _GramIteration(torch.autograd.Function):
         ctx.save_for_backward(inputs[0], *output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         W, bound, scale, *iterates = ctx.saved_tensors
         unit = W / scale[..., None, None]
@@ -59,7 +91,7 @@ class _GramIteration(torch.autograd.Function):
             D = G @ D if W.shape[-2] < W.shape[-1] else D @ G
         inner = (unit.conj() * D).real.sum((-2, -1))
         factor = gradient * bound / scale / torch.where(inner > 0, inner, 1)
-        return D * factor[..., None, None], None
+        return differentiable_once(D * factor[..., None, None], W, gradient), None
 
 
 def gram_iteration_bound(W: Tensor, iterations: int = 8) -> Tensor:

@@ -18,11 +18,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from numpy.polynomial import chebyshev
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from liplayers.linalg.norms import frobenius_norm, gram, gram_iteration_bound
+from liplayers.linalg.norms import differentiable_once, frobenius_norm, gram, gram_iteration_bound
 
 CAYLEY_LIMIT = 1e3
 
@@ -59,10 +59,10 @@ def _row_scale(P: Tensor) -> Tensor:
     return first / torch.where(norm > 0, norm, 1)
 
 
-def _cholesky(S: Tensor) -> Tensor:
-    """The Cholesky factor of S with diagonal about 1 or 0, ridged by a few roundings against deficient rank."""
-    ridge = 16 * S.shape[-1] * torch.finfo(S.dtype).eps
-    S.diagonal(dim1=-2, dim2=-1).add_(ridge)
+def _cholesky_of_gram(X: Tensor) -> Tensor:
+    """The Cholesky factor of XXᴴ for rows of norm 1 or 0, ridged beyond the rounding of both sides' sums."""
+    S = X @ X.mH
+    S.diagonal(dim1=-2, dim2=-1).add_(16 * sum(X.shape[-2:]) * torch.finfo(S.dtype).eps)
     L, failed = torch.linalg.cholesky_ex(S)
     return torch.where((failed != 0)[..., None, None], torch.nan, L)  # only NaN or infinite entries get here
 
@@ -99,9 +99,9 @@ def _newton_schulz_scales(iterations: int) -> tuple[float, ...]:
 
 
 class _NewtonSchulz(torch.autograd.Function):
-    """W ← aW − bWG, G = WᴴW, for a tall W; the scale that W starts with is a constant, as its effect vanishes.
+    """W ← aW − bWG, G = WᴴW, for a tall W. The adjoint of a step is D ↦ aD − b(DG + W(WᴴD + DᴴW)).
 
-    The adjoint of a step is D ↦ aD − b(DG + W(WᴴD + DᴴW)).
+    The scale that W starts with is taken as a constant: on what has converged it has no effect.
     """
 
     generate_vmap_rule = True
@@ -124,26 +124,28 @@ class _NewtonSchulz(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.iterations = inputs[1]
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(inputs[0], *output[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        norm, *saved = ctx.saved_tensors
+        P, norm, *saved = ctx.saved_tensors
         D = gradient
         steps = list(zip(saved[::2], saved[1::2], _newton_schulz_scales(ctx.iterations), strict=False))
         for W, G, alpha in reversed(steps):
             S = W.mH @ D
             D = (1.5 * alpha) * D - (0.5 * alpha**3) * (D @ G + W @ (S + S.mH))
-        return D / norm, None
+        return differentiable_once(D / norm, P, gradient), None
 
 
 def _converged(G: Tensor) -> bool:
-    """Whether every Gram matrix is the identity up to rounding; not asked where a graph is compiled."""
+    """Whether every Gram matrix is the identity up to rounding; not asked where nothing may depend on values."""
     if torch.compiler.is_compiling() or G.is_meta:
         return False
     error = frobenius_norm(_minus_identity(G.clone()))
-    return bool((error <= 4 * G.shape[-1] ** 0.5 * torch.finfo(error.dtype).eps).all())
+    try:
+        return bool((error <= 4 * G.shape[-1] ** 0.5 * torch.finfo(error.dtype).eps).all())
+    except RuntimeError:  # under torch.func.vmap
+        return False
 
 
 def newton_schulz(P: Tensor, iterations: int = 12) -> Tensor:
@@ -154,7 +156,7 @@ def newton_schulz(P: Tensor, iterations: int = 12) -> Tensor:
     iterations. The scales α of the first five steps are the best for singular values in [0.19, 1], those of the
     others for the widest interval [ℓ, 1] that they bring to 1: ℓ = 0.025, 2e-3 for 9, 12 iterations; smaller values
     are damped. Without scales (α = 1) values would grow by 3/2 a step only, with them by up to 2.6. It stops as soon as
-    WᵀW = I up to rounding.
+    WᵀW = I up to rounding. The gradient is that of the polar factor where it has converged.
 
     Args:
         P: (..., m, n).
@@ -198,7 +200,6 @@ class _Cayley(torch.autograd.Function):
         ctx.save_for_backward(inputs[0], *output[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> Tensor:  # type: ignore[override]
         P, Z, scale = ctx.saved_tensors
         n = P.shape[-1]
@@ -211,7 +212,7 @@ class _Cayley(torch.autograd.Function):
         # where P was scaled down, its length has no effect
         radial = torch.linalg.vecdot(P.flatten(-2), result.flatten(-2)).real[..., None, None]
         squared = torch.where(scale < 1, (CAYLEY_LIMIT / scale).square(), torch.inf)
-        return scale * (result - (radial / squared) * P)
+        return differentiable_once(scale * (result - (radial / squared) * P), P, gradient)
 
 
 def cayley(P: Tensor) -> Tensor:
@@ -249,9 +250,9 @@ class _Projector(torch.autograd.Function):
     @staticmethod
     def forward(V: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scale = _row_scale(V.mH).mT
-        X = to_double(V * scale)
-        L = _cholesky(X.mH @ X)
-        Y = torch.linalg.solve_triangular(L, X.mH, upper=False).mH.to(V.dtype)
+        X = to_double(V * scale).mH
+        L = _cholesky_of_gram(X)
+        Y = torch.linalg.solve_triangular(L, X, upper=False).mH.to(V.dtype)
         Y = _within_unit_ball(Y, full_rank=False)
         return Y[..., :rows, :] @ Y[..., :columns, :].mH, Y, L.to(V.dtype), scale
 
@@ -259,18 +260,19 @@ class _Projector(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.shape = inputs[1:]
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(inputs[0], *output[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        Y, L, scale = ctx.saved_tensors
+        V, Y, L, scale = ctx.saved_tensors
         rows, columns = ctx.shape
-        T = torch.zeros_like(Y)  # (G + Gᴴ)Y, G the gradient with zeros in what was cut off
-        T[..., :rows, :] += gradient @ Y[..., :columns, :]
-        T[..., :columns, :] += gradient.mH @ Y[..., :rows, :]
+        n = Y.shape[-2]
+        upper, lower = gradient @ Y[..., :columns, :], gradient.mH @ Y[..., :rows, :]
+        # (G + Gᴴ)Y, G the gradient with zeros in what was cut off
+        T = F.pad(upper, (0, 0, 0, n - rows)) + F.pad(lower, (0, 0, 0, n - columns))
         T = T - Y @ (Y.mH @ T)
-        return torch.linalg.solve_triangular(L, T, upper=False, left=False) * scale, None, None
+        result = torch.linalg.solve_triangular(L, T, upper=False, left=False) * scale
+        return differentiable_once(result, V, gradient), None, None
 
 
 def projector(V: Tensor, rows: int | None = None, columns: int | None = None) -> Tensor:
@@ -320,23 +322,23 @@ class _CholeskyOrthogonal(torch.autograd.Function):
     def forward(P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = _row_scale(P)
         X = to_double(P * scale)
-        L = _cholesky(X @ X.mH)
+        L = _cholesky_of_gram(X)
         W = torch.linalg.solve_triangular(L, X, upper=False).to(P.dtype)
         return _within_unit_ball(W, full_rank=False), L.to(P.dtype), scale
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output)
+        ctx.save_for_backward(inputs[0], *output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> Tensor:  # type: ignore[override]
-        W, L, scale = ctx.saved_tensors
+        P, W, L, scale = ctx.saved_tensors
         K = (gradient @ W.mH).tril()
         diagonal = torch.diag_embed(K.diagonal(dim1=-2, dim2=-1))
         T = K + K.mH - 0.5 * (diagonal + diagonal.mH)
-        return torch.linalg.solve_triangular(L.mH, gradient - T @ W, upper=True) * scale
+        result = torch.linalg.solve_triangular(L.mH, gradient - T @ W, upper=True) * scale
+        return differentiable_once(result, P, gradient)
 
 
 def cholesky_orthogonal(P: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ def lipconvnet(
         for _ in range(convs_per_stage):
             body += [layer(here, there, kernel_size, padding=kernel_size // 2), get_activation(activation)]
             here = there
+            size = [n + 1 - kernel_size % 2 for n in size]  # even kernels let the image grow
         body += [layer(here, 2 * there, kernel_size, stride=2, padding=kernel_size // 2), get_activation(activation)]
         here = 2 * there
         size = [(n + 2 * (kernel_size // 2) - kernel_size) // 2 + 1 for n in size]
