@@ -79,7 +79,7 @@ def test_newton_schulz_is_a_contraction_before_it_has_converged(iterations: int)
         assert norm(newton_schulz(scale * randn(*shape), iterations)) <= 1 + 1e-12
 
 
-@pytest.mark.parametrize(("iterations", "reached"), [(5, 0.19), (9, 0.025), (12, 2e-3), (13, 2e-3)])
+@pytest.mark.parametrize(("iterations", "reached"), [(5, 0.19), (10, 0.03), (13, 2e-3), (14, 2e-3)])
 def test_newton_schulz_converges_and_damps_as_documented(iterations: int, reached: float):
     """All singular values from the documented one up to 1 reach 1, also those between; much smaller ones do not."""
     for low in (reached, 3 * reached, 1.0):

@@ -153,7 +153,7 @@ class BetaAbs(LipschitzModule):
 
     def __init__(self, beta: float = 0.5, dim: int = 1) -> None:
         super().__init__()
-        if not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
+        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
             raise ArgumentError(f"BetaAbs: beta={beta!r}; expected a number in [0, 1]")
         self.beta = beta
         self.dim = dim

@@ -372,20 +372,22 @@ class FourierConv2d(LipschitzConv2d):
                 f"cast one to the other"
             )
 
+    def convolve(self, x: Tensor, out: tuple[int, int]) -> Tensor:
+        """The linear part on a batch of images of float32 at least, cropped to the size `out`."""
+        x, grid, (top, left) = self._unshuffle(x, out)
+        inside = 0 <= top <= grid[0] - out[0] and 0 <= left <= grid[1] - out[1]
+        y = fourier_multiply(x, self.effective(*grid), grid, (top + out[0], left + out[1]) if inside else grid)
+        if not inside:
+            y, top, left = y.roll((-top, -left), (-2, -1)), 0, 0
+        return y[..., top : top + out[0], left : left + out[1]]
+
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
         batched = x.dim() == 4
-        out = self.output_size(*x.shape[-2:])
         y = x if batched else x[None]
         y = y.to(torch.promote_types(y.dtype, torch.float32))  # no transform exists in half precision
-        y, grid, (top, left) = self._unshuffle(y, out)
-        inside = 0 <= top <= grid[0] - out[0] and 0 <= left <= grid[1] - out[1]
         with exact_precision(x.device):
-            weight = self.effective(*grid)
-            y = fourier_multiply(y, weight, grid, (top + out[0], left + out[1]) if inside else grid)
-        if not inside:
-            y, top, left = y.roll((-top, -left), (-2, -1)), 0, 0
-        y = y[..., top : top + out[0], left : left + out[1]].to(x.dtype)
+            y = self.convolve(y, self.output_size(*x.shape[-2:])).to(x.dtype)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)[:, None, None]
         return y if batched else y[0]

@@ -24,9 +24,9 @@ class LOTConv2d(FourierConv2d):
 
     Circular padding gives an orthogonal map of the (pixel-unshuffled) image; zero padding pads the image first and
     crops after, a contraction. The support is the whole image. Singular values of a frequency below ℓ times its
-    largest have not converged and are damped, ℓ = 0.19, 0.025, 2e-3 for 5, 9, 12 iterations. Signal gain at
+    largest have not converged and are damped, ℓ = 0.3, 0.03, 2e-3 for 5, 10, 13 iterations. Signal gain at
     initialisation is 1 up to the border. Cost: 2 products an iteration for each frequency, 3 backwards,
-    5 iterations for well-conditioned P; the dense layer of this map is `BjorckLinear`.
+    5 or 6 iterations for well-conditioned P; the dense layer of this map is `BjorckLinear`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, bias, padding_mode, device, dtype: as in
@@ -50,7 +50,7 @@ class LOTConv2d(FourierConv2d):
     True
     """
 
-    def __init__(self, *args: Any, iterations: int = 12, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, iterations: int = 13, **kwargs: Any) -> None:
         check_positive(self, iterations=iterations)
         super().__init__(*args, **kwargs)
         self.iterations = iterations

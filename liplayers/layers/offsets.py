@@ -118,6 +118,10 @@ class Centring(LipschitzModule):
         self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(channels, device=device, dtype=dtype))
 
+    def reset_parameters(self) -> None:
+        """A running mean of zero."""
+        nn.init.zeros_(self.running_mean)
+
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 2 or x.shape[1] != self.channels or (self.training and not x.numel()):
             raise ShapeError(f"Centring: got an input of shape {tuple(x.shape)}; expected (N, {self.channels}, …)")

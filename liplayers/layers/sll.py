@@ -25,11 +25,10 @@ def _outgoing(K: Tensor, absolute_gram: Tensor, norms: Tensor, log_q: Tensor) ->
     In terms of K the multipliers are q_i·norm_i and T_i ≥ 1 for every unit that is not zero: nothing underflows. A
     unit whose T is zero or infinite is dropped, which corresponds to T_i = ∞.
     """
-    log_q = log_q.double() + norms.double().log()
+    log_q = log_q + norms.log()
     exponent = log_q[None, :] - log_q[:, None]
-    G = absolute_gram.double()
-    T = (G * exponent.clamp_max(_LARGEST_EXPONENT).exp()).sum(1)
-    usable = (T > 0) & ~((exponent > _LARGEST_EXPONENT) & (G > 0)).any(1)
+    T = (absolute_gram * exponent.clamp_max(_LARGEST_EXPONENT).exp()).sum(1)
+    usable = (T > 0) & ~((exponent > _LARGEST_EXPONENT) & (absolute_gram > 0)).any(1)
     inverse = torch.where(usable, 1 / torch.where(usable, T, 1), 0)
     factor = (2 * inverse / norms).to(K.dtype)
     return K * factor.view(-1, *[1] * (K.dim() - 1))

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError
-from liplayers.layers.base import LipschitzLinear, check_positive, exact_precision
+from liplayers.layers.base import LipschitzLinear, check_positive
 from liplayers.layers.conv import FourierConv2d
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.convolution import row_sum_bound
@@ -148,32 +147,18 @@ class SOCConv2d(FourierConv2d):
         sh, sw = self.stride
         return rearrange(x, "n c (h a) (w b) -> n (c a b) h w", a=sh, b=sw), start
 
-    def forward(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, out: tuple[int, int]) -> Tensor:
         if self.padding_mode == "circular":
-            return super().forward(x)
-        self._check_input(x)
-        batched = x.dim() == 4
-        out = self.output_size(*x.shape[-2:])
-        y = (x if batched else x[None]).to(torch.promote_types(x.dtype, torch.float32))
-        y, (top, left) = self._frame(y, out)
-        with exact_precision(x.device):
-            y = self._series(F.pad(y, (0, 0, 0, 0, 0, self._channels - y.shape[1])))
-        y = y[:, : self.out_channels, top : top + out[0], left : left + out[1]].to(x.dtype)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)[:, None, None]
-        return y if batched else y[0]
-
-    def lipschitz_bound(self) -> float:
-        return 1.0
-
-    def _series(self, x: Tensor) -> Tensor:
+            return super().convolve(x, out)
+        x, (top, left) = self._frame(x, out)
+        x = F.pad(x, (0, 0, 0, 0, 0, self._channels - x.shape[1]))
         L = self.effective().to(x.dtype)
         pads = (L.shape[-2] // 2, L.shape[-1] // 2)
         *rest, last = self._coefficients
         y = last * x
         for c in reversed(rest):
             y = F.conv2d(y, L, padding=pads) + c * x
-        return y
+        return y[:, : self.out_channels, top : top + out[0], left : left + out[1]]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, terms={self.terms}"

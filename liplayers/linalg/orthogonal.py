@@ -94,8 +94,12 @@ def _minimax_scales(steps: int) -> tuple[float, ...]:
 
 
 def _newton_schulz_scales(iterations: int) -> tuple[float, ...]:
-    """Scales for singular values near each other, then, for who has not converged, for values further apart."""
-    return _minimax_scales(min(_FIRST, iterations)) + _minimax_scales(max(0, iterations - _FIRST))
+    """Scales for singular values near each other, a step for rounding, then scales for values further apart.
+
+    A scaled step takes apart what has converged: without the one between them, a last digit would cost a second round.
+    """
+    first = _minimax_scales(min(_FIRST, iterations))
+    return (*first, 1.0, *_minimax_scales(iterations - _FIRST - 1)) if iterations > _FIRST else first
 
 
 class _NewtonSchulz(torch.autograd.Function):
@@ -108,13 +112,13 @@ class _NewtonSchulz(torch.autograd.Function):
 
     @staticmethod
     def forward(P: Tensor, iterations: int) -> tuple[Tensor, ...]:
-        norm = gram_iteration_bound(P, iterations=3)[..., None, None]
+        norm = gram_iteration_bound(P, iterations=2)[..., None, None]
         norm = torch.where(norm > 0, norm, 1)
         W = P / norm
         saved = []
         for step, alpha in enumerate(_newton_schulz_scales(iterations)):
             G = W.mH @ W
-            if step >= _FIRST - 2 and _converged(G):
+            if step >= _FIRST and _converged(G):
                 break
             saved += [W, G]
             W = (1.5 * alpha) * W - (0.5 * alpha**3) * (W @ G)
@@ -148,13 +152,13 @@ def _converged(G: Tensor) -> bool:
         return False
 
 
-def newton_schulz(P: Tensor, iterations: int = 12) -> Tensor:
+def newton_schulz(P: Tensor, iterations: int = 13) -> Tensor:
     """The polar factor of P by scaled Newton–Schulz (Björck–Bowie) iteration, W ← αW(3I − α²WᵀW)/2.
 
     P is first divided by a proven upper bound on its norm, so each singular value starts in [0, 1]; each step maps
     [0, 1] into itself and pushes positive values towards 1. The result is a contraction after any number of
     iterations. The scales α of the first five steps are the best for singular values in [0.19, 1], those of the
-    others for the widest interval [ℓ, 1] that they bring to 1: ℓ = 0.025, 2e-3 for 9, 12 iterations; smaller values
+    others for the widest interval [ℓ, 1] that they bring to 1: ℓ = 0.02, 1.2e-3 for 10, 13 iterations; smaller values
     are damped. Without scales (α = 1) values would grow by 3/2 a step only, with them by up to 2.6. It stops as soon as
     WᵀW = I up to rounding. The gradient is that of the polar factor where it has converged.
 
