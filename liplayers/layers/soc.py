@@ -45,6 +45,7 @@ class ExponentialLinear(LipschitzLinear):
 
     Source: Lezcano-Casado & Martínez-Rubio 2019, arXiv 1901.08428; Singla & Feizi 2021, arXiv 2105.11417.
 
+    >>> import torch
     >>> W = ExponentialLinear(8, 5).weight
     >>> torch.allclose(W @ W.T, torch.eye(5), atol=1e-5)
     True
@@ -90,6 +91,7 @@ class SOCConv2d(FourierConv2d):
 
     Source: Singla & Feizi 2021, arXiv 2105.11417.
 
+    >>> import torch
     >>> layer = SOCConv2d(4, 4, 3, padding=1)
     >>> x = torch.randn(1, 4, 7, 5)
     >>> bool((layer(x).norm() - x.norm()).abs() < 1e-4)

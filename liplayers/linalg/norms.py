@@ -16,7 +16,7 @@ def gram(W: Tensor) -> Tensor:
 def frobenius_norm(W: Tensor) -> Tensor:
     """‖W‖_F of (..., m, n); over real and imaginary parts, since torch's norm of complex entries is slow."""
     entries = torch.view_as_real(W.resolve_conj()).flatten(-3) if W.is_complex() else W.flatten(-2)
-    return torch.linalg.vector_norm(entries, dim=-1)
+    return torch.linalg.vector_norm(entries, dim=-1).reshape(W.shape[:-2])  # torch 2.11 on meta keeps a size of 1
 
 
 class _DifferentiableOnce(torch.autograd.Function):
