@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -40,11 +41,8 @@ def compose_projector(kernel: Tensor, P: Tensor, axis: int, backwards: bool) -> 
     second = kernel - first
     if backwards:
         first, second = second, first
-    pad = [0, 0, 0, 0]
-    side = 0 if axis == -1 else 2
-    after, before = list(pad), list(pad)
-    after[side + 1] = before[side] = 1
-    return nn.functional.pad(first, after) + nn.functional.pad(second, before)
+    after, before = ((0, 1, 0, 0), (1, 0, 0, 0)) if axis == -1 else ((0, 0, 0, 1), (0, 0, 1, 0))
+    return F.pad(first, after) + F.pad(second, before)
 
 
 class AOCConv2d(KernelConv2d):
@@ -72,11 +70,10 @@ class AOCConv2d(KernelConv2d):
 
     Source: Boissin et al. 2025, arXiv 2501.08120; Li et al. 2019, arXiv 1911.00937.
 
-    >>> layer = AOCConv2d(4, 8, 3, stride=2, padding=1, padding_mode="circular")
-    >>> x = torch.randn(1, 8, 6, 4)
-    >>> y = torch.nn.functional.conv_transpose2d(x, AOCConv2d(4, 8, 2, stride=2).weight, stride=2)
-    >>> y.shape
-    torch.Size([1, 4, 12, 8])
+    >>> layer = AOCConv2d(4, 16, 4, stride=2, padding=1, padding_mode="circular")
+    >>> x = torch.randn(1, 4, 8, 6)
+    >>> bool((layer(x).norm() - x.norm()).abs() < 1e-4)
+    True
     """
 
     def _check_arguments(self) -> None:
@@ -95,17 +92,27 @@ class AOCConv2d(KernelConv2d):
         return min(kh, sh), min(kw, sw)
 
     @property
+    def _missing(self) -> tuple[int, int]:
+        """Taps that projectors have to add along each axis, k − b."""
+        (kh, kw), (bh, bw) = self.kernel_size, self._block
+        return kh - bh, kw - bw
+
+    @property
+    def _steps(self) -> list[tuple[int, bool]]:
+        """Axis of each factor, and whether it shifts back: every second one, so that equal pairs cancel."""
+        return [(axis, i % 2 == 1) for axis, n in zip((-2, -1), self._missing, strict=True) for i in range(n)]
+
+    @property
     def _inner(self) -> int:
         """Channels of a group between the two parts: as many as keep the composition orthogonal."""
         return max(self.in_channels, self.out_channels // math.prod(self.stride)) // self.groups
 
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
         inner = self._inner
-        block = math.prod(self._block)
-        factors = sum(k - b for k, b in zip(self.kernel_size, self._block, strict=True))
-        shapes: dict[str, tuple[int, ...]] = {"raw": (self.groups, self.out_channels // self.groups, inner * block)}
-        if factors and inner > 1:
-            shapes["factors"] = (self.groups, factors, inner, inner // 2)
+        columns = inner * math.prod(self._block)
+        shapes: dict[str, tuple[int, ...]] = {"raw": (self.groups, self.out_channels // self.groups, columns)}
+        if self._steps and inner > 1:
+            shapes["factors"] = (self.groups, len(self._steps), inner, inner // 2)
         return shapes
 
     def reset_parameters(self) -> None:
@@ -116,34 +123,21 @@ class AOCConv2d(KernelConv2d):
             factors = self.get_parameter("factors")
             with torch.no_grad():
                 nn.init.normal_(factors)
-                for first in range(0, factors.shape[1] - 1):
-                    if self._axes[first] == self._axes[first + 1] and self._backwards[first + 1]:
-                        factors[:, first + 1] = factors[:, first]
+                for i, (_, backwards) in enumerate(self._steps):
+                    if backwards:
+                        factors[:, i] = factors[:, i - 1]
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    @property
-    def _axes(self) -> list[int]:
-        """The axis of each factor."""
-        vertical, horizontal = (k - b for k, b in zip(self.kernel_size, self._block, strict=True))
-        return [-2] * vertical + [-1] * horizontal
-
-    @property
-    def _backwards(self) -> list[bool]:
-        """Every second factor of an axis shifts back, so that equal pairs are the identity at the centre."""
-        vertical, horizontal = (k - b for k, b in zip(self.kernel_size, self._block, strict=True))
-        return [i % 2 == 1 for i in range(vertical)] + [i % 2 == 1 for i in range(horizontal)]
 
     def map_kernel(self, raw: Tensor, factors: Tensor | None = None) -> Tensor:
         bh, bw = self._block
         kernel = rearrange(cholesky_orthogonal(raw), "g o (i a b) -> g o i a b", a=bh, b=bw)
         if factors is None:  # a single channel inside has no projectors but 0 and 1: shifts
-            missing = [k - b for k, b in zip(self.kernel_size, self._block, strict=True)]
-            pads = [(n // 2, n - n // 2) for n in reversed(missing)]
-            kernel = nn.functional.pad(kernel, [*pads[0], *pads[1]])
+            top, left = (n // 2 for n in self._missing)
+            kernel = F.pad(kernel, (left, self._missing[1] - left, top, self._missing[0] - top))
         else:
             projectors = projector(factors)
-            for i, (axis, backwards) in enumerate(zip(self._axes, self._backwards, strict=True)):
+            for i, (axis, backwards) in enumerate(self._steps):
                 kernel = compose_projector(kernel, projectors[:, i], axis, backwards)
         return kernel[:, :, : self.in_channels // self.groups]
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from liplayers.errors import ArgumentError, ShapeError
+from liplayers.errors import ArgumentError
 from liplayers.layers.activations import require_slope_range
 from liplayers.layers.base import ParametrizedModule, check_positive, exact_precision, fill_orthogonal_
-from liplayers.layers.conv import wrap
+from liplayers.layers.conv import check_image, wrap
 from liplayers.linalg.convolution import orthogonal_taps_
 
 
@@ -132,10 +132,7 @@ class Conv2dBlock(_Block):
         return {"raw": (self.hidden_channels, self.channels, self.kernel_size, self.kernel_size)}
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() not in (3, 4) or x.shape[-3] != self.channels:
-            raise ShapeError(
-                f"{type(self).__name__}: got an input of shape {tuple(x.shape)}; expected (N, {self.channels}, H, W)"
-            )
+        check_image(self, x, self.channels)
         incoming, outgoing = self.effective()
         pad = self.kernel_size // 2
         if self.padding_mode == "zeros":

@@ -33,6 +33,15 @@ def pair(owner: object, name: str, value: Size2d, least: int) -> tuple[int, int]
     return values[0], values[1]
 
 
+def check_image(owner: object, x: Tensor, channels: int) -> None:
+    """Raise ShapeError unless x is an image, or a batch of them, of so many channels."""
+    if x.dim() not in (3, 4) or x.shape[-3] != channels:
+        raise ShapeError(
+            f"{type(owner).__name__}: got an input of shape {tuple(x.shape)}; expected (N, {channels}, H, W) "
+            f"or ({channels}, H, W)"
+        )
+
+
 class LipschitzConv2d(ParametrizedModule):
     """Base of the convolutions: torch's arguments, checked for what keeps the norm at most 1.
 
@@ -118,12 +127,8 @@ class LipschitzConv2d(ParametrizedModule):
             nn.init.zeros_(self.bias)
 
     def _check_input(self, x: Tensor) -> None:
+        check_image(self, x, self.in_channels)
         name = type(self).__name__
-        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
-            raise ShapeError(
-                f"{name}: got an input of shape {tuple(x.shape)}; expected (N, {self.in_channels}, H, W) "
-                f"or ({self.in_channels}, H, W)"
-            )
         for axis, size in enumerate(x.shape[-2:]):
             if self.padding_mode == "circular" and size % self.stride[axis]:
                 raise ShapeError(
@@ -255,11 +260,7 @@ class LipschitzConvTranspose2d(LipschitzModule):
         return self.adjoint.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
-            raise ShapeError(
-                f"{type(self).__name__}: got an input of shape {tuple(x.shape)}; expected "
-                f"(N, {self.in_channels}, H, W) or ({self.in_channels}, H, W)"
-            )
+        check_image(self, x, self.in_channels)
         geometry = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
         return F.conv_transpose2d(x, self.weight, self.bias, *geometry)
 
@@ -339,7 +340,13 @@ class FourierConv2d(LipschitzConv2d):
         kernel = self.map_kernel(*self.raw_values())
         return self.map_transfer(transfer_matrix(kernel, (height, width)))
 
-    def _unshuffle(self, x: Tensor, out: tuple[int, int]) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
+    def _unshuffle(self, x: Tensor, pads: list[tuple[int, int]]) -> Tensor:
+        """The image with zeros (before, after) for height and width, pixel-unshuffled by the stride."""
+        x = F.pad(x, (*pads[1], *pads[0])) if any(map(any, pads)) else x
+        sh, sw = self.stride
+        return rearrange(x, "n c (h a) (w b) -> n (c a b) h w", a=sh, b=sw)
+
+    def _place(self, x: Tensor, out: tuple[int, int]) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
         """The pixel-unshuffled image, the grid that it is convolved on, and where on it the output begins.
 
         Where the image lies on the torus does not matter: it stays at the origin, with as many rows of padding before
@@ -358,10 +365,7 @@ class FourierConv2d(LipschitzConv2d):
                 grid.append(fast_size(max(math.ceil((phase + n + max(before, after)) / s), m)))
                 start.append((k - 1) // 2 // s - before // s)
                 pads.append((phase, -(phase + n) % s))
-        x = F.pad(x, (*pads[1], *pads[0])) if any(map(any, pads)) else x
-        sh, sw = self.stride
-        x = rearrange(x, "n c (h a) (w b) -> n (c a b) h w", a=sh, b=sw)
-        return x, (grid[0], grid[1]), (start[0], start[1])
+        return self._unshuffle(x, pads), (grid[0], grid[1]), (start[0], start[1])
 
     def _check_input(self, x: Tensor) -> None:
         super()._check_input(x)
@@ -374,7 +378,7 @@ class FourierConv2d(LipschitzConv2d):
 
     def convolve(self, x: Tensor, out: tuple[int, int]) -> Tensor:
         """The linear part on a batch of images of float32 at least, cropped to the size `out`."""
-        x, grid, (top, left) = self._unshuffle(x, out)
+        x, grid, (top, left) = self._place(x, out)
         inside = 0 <= top <= grid[0] - out[0] and 0 <= left <= grid[1] - out[1]
         y = fourier_multiply(x, self.effective(*grid), grid, (top + out[0], left + out[1]) if inside else grid)
         if not inside:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from liplayers.layers.base import LipschitzLinear
-from liplayers.linalg.norms import spectral_norm_bound
+from liplayers.linalg.norms import spectral_norm_bound, unit_rows
 
 __all__ = ["NormalizedLinear", "row_distances"]
 
@@ -41,10 +41,7 @@ class NormalizedLinear(LipschitzLinear):
     constant_bound = False
 
     def map_weight(self, raw: Tensor) -> Tensor:
-        largest = raw.detach().abs().amax(1, keepdim=True)
-        P = raw / torch.where(largest > 0, largest, 1)
-        norm = torch.linalg.vector_norm(P, dim=1, keepdim=True)
-        return P / torch.where(norm > 0, norm, 1)
+        return unit_rows(raw)[0]
 
     def lipschitz_bound(self) -> float:
         with torch.no_grad():

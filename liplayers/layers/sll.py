@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from liplayers.layers.blocks import Conv2dBlock, DenseBlock
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.convolution import autocorrelation
+from liplayers.linalg.norms import unit_rows
 
 __all__ = ["SLLBlock", "SLLConv2dBlock"]
 
@@ -32,17 +33,6 @@ def _outgoing(K: Tensor, absolute_gram: Tensor, norms: Tensor, log_q: Tensor) ->
     inverse = torch.where(usable, 1 / torch.where(usable, T, 1), 0)
     factor = (2 * inverse / norms).to(K.dtype)
     return K * factor.view(-1, *[1] * (K.dim() - 1))
-
-
-def _unit_hidden(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """The raw matrix or kernel with hidden units of norm 1, and their norms (1 for zeros)."""
-    rows = raw.flatten(1)
-    largest = rows.detach().abs().amax(1, keepdim=True)
-    scale = torch.where(largest > 0, largest, 1)  # squares of tiny or huge entries would not be floats
-    rows = rows / scale
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    norm = torch.where(norm > 0, norm, 1)
-    return (rows / norm).view_as(raw), (norm * scale)[:, 0]
 
 
 class SLLBlock(DenseBlock):
@@ -81,8 +71,8 @@ class SLLBlock(DenseBlock):
         nn.init.zeros_(self.get_parameter("log_q"))
 
     def map_pair(self, raw: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        K, norms = _unit_hidden(raw)
-        return raw, _outgoing(K, (K @ K.mT).abs(), norms, log_q)
+        K, norms = unit_rows(raw)
+        return raw, _outgoing(K, (K @ K.mT).abs(), norms[:, 0], log_q)
 
 
 class SLLConv2dBlock(Conv2dBlock):
@@ -121,8 +111,9 @@ class SLLConv2dBlock(Conv2dBlock):
         nn.init.zeros_(self.get_parameter("log_q"))
 
     def map_pair(self, raw: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        K, norms = _unit_hidden(raw)
-        return raw, _outgoing(K, autocorrelation(K[None], "out")[0].abs().sum((-2, -1)), norms, log_q)
+        rows, norms = unit_rows(raw.flatten(1))
+        K = rows.view_as(raw)
+        return raw, _outgoing(K, autocorrelation(K[None], "out")[0].abs().sum((-2, -1)), norms[:, 0], log_q)
 
 
 register(Family("sll", dense_block=SLLBlock, conv_block=SLLConv2dBlock))

@@ -19,6 +19,7 @@ from liplayers.layers.base import LipschitzLinear, check_positive
 from liplayers.layers.conv import FourierConv2d
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.convolution import row_sum_bound
+from liplayers.linalg.norms import unit_scale
 from liplayers.linalg.orthogonal import rotation, skew_exponential, skew_exponential_coefficients
 
 __all__ = ["ExponentialLinear", "SOCConv2d"]
@@ -73,8 +74,8 @@ class SOCConv2d(FourierConv2d):
     padding, too, keeps L skew and the layer orthogonal, where the output has the size of the image (padding
     (k − 1)/2, a stride that divides it); what is padded beyond that is embedded, what is less is cropped. With zero
     padding L is applied `terms` times, with circular padding p is formed at each frequency. Signal gain at
-    initialisation is 1. Cost: with zero padding `terms`
-    convolutions (the costliest of all families); with circular padding 1 + ⌈terms/3⌉ products for each frequency.
+    initialisation is 1. Cost: with zero padding `terms` convolutions (the costliest of all families); with circular
+    padding 1 + ⌈terms/3⌉ products for each frequency.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, bias, padding_mode, device, dtype: as in
@@ -124,9 +125,8 @@ class SOCConv2d(FourierConv2d):
         kh, kw = raw.shape[-2:]
         K = F.pad(raw, (1 - kw % 2, 0, 1 - kh % 2, 0))  # odd, its centre where that of `raw` is
         L = K - rearrange(K, "o i a b -> i o a b").flip(-2, -1)
-        largest = L.detach().abs().amax().clamp_min(1)  # squares of huge entries might not be floats
-        norm = row_sum_bound((L / largest)[None])[0] * largest
-        return L / norm.clamp_min(1)
+        unit, scale = unit_scale(L)
+        return L / (row_sum_bound(unit[None])[0] * scale).clamp_min(1)
 
     def map_transfer(self, transfer: Tensor) -> Tensor:
         return skew_exponential(transfer, self._coefficients)[..., : self.out_channels, : self._unshuffled[0]]
@@ -145,9 +145,7 @@ class SOCConv2d(FourierConv2d):
             start.append(max(0, -shift) // s)
             missing = max(0, s * (start[-1] + m) - n - top)
             pads.append((top, missing + -(n + top + missing) % s))
-        x = F.pad(x, (*pads[1], *pads[0])) if any(map(any, pads)) else x
-        sh, sw = self.stride
-        return rearrange(x, "n c (h a) (w b) -> n (c a b) h w", a=sh, b=sw), start
+        return self._unshuffle(x, pads), start
 
     def convolve(self, x: Tensor, out: tuple[int, int]) -> Tensor:
         if self.padding_mode == "circular":

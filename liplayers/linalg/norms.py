@@ -13,6 +13,12 @@ def gram(W: Tensor) -> Tensor:
     return W @ W.mH if W.shape[-2] < W.shape[-1] else W.mH @ W
 
 
+def minus_identity_(G: Tensor) -> Tensor:
+    """G − I, in place."""
+    G.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return G
+
+
 def frobenius_norm(W: Tensor) -> Tensor:
     """‖W‖_F of (..., m, n); over real and imaginary parts, since torch's norm of complex entries is slow."""
     entries = torch.view_as_real(W.resolve_conj()).flatten(-3) if W.is_complex() else W.flatten(-2)
@@ -51,6 +57,18 @@ def unit_scale(P: Tensor) -> tuple[Tensor, Tensor]:
     largest = P.detach().abs().amax()
     scale = torch.where(largest > 0, largest, 1)
     return P / scale, scale
+
+
+def unit_rows(P: Tensor) -> tuple[Tensor, Tensor]:
+    """P (..., m, n) with rows of norm 1, and what they were divided by, (..., m, 1), real; rows of zeros stay, by 1."""
+    entries = torch.view_as_real(P.resolve_conj()).flatten(-2) if P.is_complex() else P
+    largest = entries.detach().abs().amax(-1, keepdim=True)
+    scale = torch.where(largest > 0, largest, 1)  # squares of tiny or huge entries would not be floats
+    entries = entries / scale
+    norm = torch.linalg.vector_norm(entries, dim=-1, keepdim=True)
+    norm = torch.where(norm > 0, norm, 1)
+    entries = entries / norm
+    return torch.view_as_complex(entries.unflatten(-1, (-1, 2))) if P.is_complex() else entries, norm * scale
 
 
 class _GramIteration(torch.autograd.Function):

@@ -22,7 +22,14 @@ import torch.nn.functional as F
 from numpy.polynomial import chebyshev
 from torch import Tensor
 
-from liplayers.linalg.norms import differentiable_once, frobenius_norm, gram, gram_iteration_bound
+from liplayers.linalg.norms import (
+    differentiable_once,
+    frobenius_norm,
+    gram,
+    gram_iteration_bound,
+    minus_identity_,
+    unit_rows,
+)
 
 CAYLEY_LIMIT = 1e3
 
@@ -30,12 +37,6 @@ CAYLEY_LIMIT = 1e3
 def to_double(x: Tensor) -> Tensor:
     """`x` in float64, or complex128 if it is complex."""
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
-
-
-def _minus_identity(G: Tensor) -> Tensor:
-    """G − I, in place."""
-    G.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return G
 
 
 def _within_unit_ball(Q: Tensor, full_rank: bool) -> Tensor:
@@ -46,17 +47,8 @@ def _within_unit_ball(Q: Tensor, full_rank: bool) -> Tensor:
     """
     with torch.no_grad():
         G = gram(Q)
-        shrink = (1 + frobenius_norm(_minus_identity(G) if full_rank else G @ G - G)).rsqrt()
+        shrink = (1 + frobenius_norm(minus_identity_(G) if full_rank else G @ G - G)).rsqrt()
     return Q * shrink[..., None, None]
-
-
-def _row_scale(P: Tensor) -> Tensor:
-    """(..., m, 1), real: the reciprocal of each row's norm, 1 for rows of zeros."""
-    entries = torch.view_as_real(P.resolve_conj()).flatten(-2) if P.is_complex() else P
-    largest = entries.abs().amax(-1, keepdim=True)
-    first = 1 / torch.where(largest > 0, largest, 1)  # squares of tiny or huge entries would not be floats
-    norm = torch.linalg.vector_norm(entries * first, dim=-1, keepdim=True)
-    return first / torch.where(norm > 0, norm, 1)
 
 
 def _cholesky_of_gram(X: Tensor) -> Tensor:
@@ -145,7 +137,7 @@ def _converged(G: Tensor) -> bool:
     """Whether every Gram matrix is the identity up to rounding; not asked where nothing may depend on values."""
     if torch.compiler.is_compiling() or G.is_meta:
         return False
-    error = frobenius_norm(_minus_identity(G.clone()))
+    error = frobenius_norm(minus_identity_(G.clone()))
     try:
         return bool((error <= 4 * G.shape[-1] ** 0.5 * torch.finfo(error.dtype).eps).all())
     except RuntimeError:  # under torch.func.vmap
@@ -193,7 +185,7 @@ class _Cayley(torch.autograd.Function):
         M = U - U.mH + V.mH @ V if P.shape[-2] > n else U - U.mH
         M.diagonal(dim1=-2, dim2=-1).add_(1)
         Z, failed = torch.linalg.inv_ex(M)
-        W = _minus_identity(2 * Z)
+        W = minus_identity_(2 * Z)
         W = torch.cat([W, -2 * V @ Z], dim=-2) if P.shape[-2] > n else W
         W = _within_unit_ball(W, full_rank=True)
         return torch.where((failed != 0)[..., None, None], torch.nan, W), Z, scale  # only NaN or infinite P fails
@@ -253,12 +245,12 @@ class _Projector(torch.autograd.Function):
 
     @staticmethod
     def forward(V: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        scale = _row_scale(V.mH).mT
-        X = to_double(V * scale).mH
+        X, norms = unit_rows(V.mH)
+        X = to_double(X)
         L = _cholesky_of_gram(X)
         Y = torch.linalg.solve_triangular(L, X, upper=False).mH.to(V.dtype)
         Y = _within_unit_ball(Y, full_rank=False)
-        return Y[..., :rows, :] @ Y[..., :columns, :].mH, Y, L.to(V.dtype), scale
+        return Y[..., :rows, :] @ Y[..., :columns, :].mH, Y, L.to(V.dtype), norms.mT
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -268,14 +260,14 @@ class _Projector(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        V, Y, L, scale = ctx.saved_tensors
+        V, Y, L, norms = ctx.saved_tensors
         rows, columns = ctx.shape
         n = Y.shape[-2]
         upper, lower = gradient @ Y[..., :columns, :], gradient.mH @ Y[..., :rows, :]
         # (G + Gᴴ)Y, G the gradient with zeros in what was cut off
         T = F.pad(upper, (0, 0, 0, n - rows)) + F.pad(lower, (0, 0, 0, n - columns))
         T = T - Y @ (Y.mH @ T)
-        result = torch.linalg.solve_triangular(L, T, upper=False, left=False) * scale
+        result = torch.linalg.solve_triangular(L, T, upper=False, left=False) / norms
         return differentiable_once(result, V, gradient), None, None
 
 
@@ -324,11 +316,11 @@ class _CholeskyOrthogonal(torch.autograd.Function):
 
     @staticmethod
     def forward(P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scale = _row_scale(P)
-        X = to_double(P * scale)
+        X, norms = unit_rows(P)
+        X = to_double(X)
         L = _cholesky_of_gram(X)
         W = torch.linalg.solve_triangular(L, X, upper=False).to(P.dtype)
-        return _within_unit_ball(W, full_rank=False), L.to(P.dtype), scale
+        return _within_unit_ball(W, full_rank=False), L.to(P.dtype), norms
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -337,11 +329,11 @@ class _CholeskyOrthogonal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> Tensor:  # type: ignore[override]
-        P, W, L, scale = ctx.saved_tensors
+        P, W, L, norms = ctx.saved_tensors
         K = (gradient @ W.mH).tril()
         diagonal = torch.diag_embed(K.diagonal(dim1=-2, dim2=-1))
         T = K + K.mH - 0.5 * (diagonal + diagonal.mH)
-        result = torch.linalg.solve_triangular(L.mH, gradient - T @ W, upper=True) * scale
+        result = torch.linalg.solve_triangular(L.mH, gradient - T @ W, upper=True) / norms
         return differentiable_once(result, P, gradient)
 
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from liplayers.linalg.norms import gram, gram_iteration_bound, spectral_norm_bound
+from liplayers.linalg.norms import gram, gram_iteration_bound, minus_identity_, spectral_norm_bound
 from liplayers.linalg.orthogonal import newton_schulz
 
 _NEAR = 0.1  # drift below which the norm is at most 5 % above 1 and one product tells it best
@@ -123,5 +123,4 @@ def near_isometry_bound(W: Tensor) -> Tensor:
 
 
 def _excess(W: Tensor) -> Tensor:
-    G = gram(W)
-    return G - torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    return minus_identity_(gram(W))
