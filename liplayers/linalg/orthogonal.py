@@ -267,7 +267,7 @@ class _Projector(torch.autograd.Function):
         # (G + Gᴴ)Y, G the gradient with zeros in what was cut off
         T = F.pad(upper, (0, 0, 0, n - rows)) + F.pad(lower, (0, 0, 0, n - columns))
         T = T - Y @ (Y.mH @ T)
-        result = torch.linalg.solve_triangular(L, T, upper=False, left=False) / norms
+        result = torch.linalg.solve_triangular(L, T, upper=False, left=False) * norms.reciprocal()  # complex division is slow
         return differentiable_once(result, V, gradient), None, None
 
 
@@ -333,7 +333,7 @@ class _CholeskyOrthogonal(torch.autograd.Function):
         K = (gradient @ W.mH).tril()
         diagonal = torch.diag_embed(K.diagonal(dim1=-2, dim2=-1))
         T = K + K.mH - 0.5 * (diagonal + diagonal.mH)
-        result = torch.linalg.solve_triangular(L.mH, gradient - T @ W, upper=True) / norms
+        result = torch.linalg.solve_triangular(L.mH, gradient - T @ W, upper=True) * norms.reciprocal()
         return differentiable_once(result, P, gradient)
 
 
