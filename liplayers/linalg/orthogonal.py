@@ -267,7 +267,8 @@ class _Projector(torch.autograd.Function):
         # (G + Gᴴ)Y, G the gradient with zeros in what was cut off
         T = F.pad(upper, (0, 0, 0, n - rows)) + F.pad(lower, (0, 0, 0, n - columns))
         T = T - Y @ (Y.mH @ T)
-        result = torch.linalg.solve_triangular(L, T, upper=False, left=False) * norms.reciprocal()  # complex division is slow
+        # a product with the reciprocal: complex division is slow
+        result = torch.linalg.solve_triangular(L, T, upper=False, left=False) * norms.reciprocal()
         return differentiable_once(result, V, gradient), None, None
 
 
