@@ -10,7 +10,9 @@ from liplayers.layers.cayley import *
 from liplayers.layers.cholesky import *
 from liplayers.layers.containers import *
 from liplayers.layers.cpl import *
+from liplayers.layers.gershgorin import *
 from liplayers.layers.heads import *
+from liplayers.layers.ldlt import *
 from liplayers.layers.lipnext import *
 from liplayers.layers.liresnet import *
 from liplayers.layers.lot import *
@@ -23,5 +25,6 @@ from liplayers.layers.registry import get_layer as get_layer
 from liplayers.layers.registry import register as register
 from liplayers.layers.rescaled import *
 from liplayers.layers.rko import *
+from liplayers.layers.sandwich import *
 from liplayers.layers.sll import *
 from liplayers.layers.soc import *

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -326,6 +327,55 @@ def slope_range(activation: nn.Module) -> Slopes | None:
     """
     rule = SLOPE_RANGES.get(type(activation))  # exact type: a subclass may compute something else
     return rule(activation) if rule else None
+
+
+def sector(owner: object, activation: nn.Module) -> Slopes:
+    """The range [m, β], widened to hold 0, with (w − mv)ᵀΛ(βv − w) ≥ 0 for differences v of the input, w of the output.
+
+    For entrywise activations that is their slope range, with any diagonal Λ > 0; for MaxMin, GroupSort and Householder
+    [−1, 1], with Λ equal within each group (`tied_channels`): there the form is |Λ^½v|² − |Λ^½w|².
+
+    Raises:
+        ArgumentError: neither is known, the channels are not dimension 1, or no slope is positive.
+
+    >>> sector(None, nn.LeakyReLU(-0.1)), sector(None, MaxMin())
+    ((-0.1, 1.0), (-1.0, 1.0))
+    """
+    if type(activation) in TIED:
+        if activation.dim != 1:
+            raise ArgumentError(f"{type(owner).__name__}: activation={activation}; expected its channels in dim=1")
+        return -1.0, 1.0
+    slopes = slope_range(activation)
+    if slopes is None or slopes[1] <= 0:
+        raise ArgumentError(
+            f"{type(owner).__name__}: activation={activation} has no known range of slopes with a positive end; "
+            f"use nn.ReLU(), nn.Tanh(), nn.GELU(), Abs() or MaxMin()"
+        )
+    return min(slopes[0], 0.0), slopes[1]
+
+
+def _halves(activation: nn.Module, channels: int) -> list[int]:
+    return [i % (channels // 2) for i in range(channels // 2 * 2)] + [channels // 2] * (channels % 2)
+
+
+def _neighbours(activation: GroupSort, channels: int) -> list[int]:
+    return [i // (activation.group_size or channels) for i in range(channels)]
+
+
+TIED: dict[type[nn.Module], Callable[[Any, int], list[int]]] = {
+    MaxMin: _halves,
+    GroupSort: _neighbours,
+    Householder: _halves,
+}
+
+
+def tied_channels(activation: nn.Module, channels: int) -> list[int] | None:
+    """The number of the group that each channel belongs to; None for an entrywise activation.
+
+    >>> tied_channels(MaxMin(), 5), tied_channels(GroupSort(2), 5), tied_channels(nn.ReLU(), 5)
+    ([0, 1, 0, 1, 2], [0, 0, 1, 1, 2], None)
+    """
+    return TIED[type(activation)](activation, channels) if type(activation) in TIED else None
 
 
 def require_slope_range(owner: object, activation: nn.Module, low: float = 0.0, high: float = 1.0) -> None:

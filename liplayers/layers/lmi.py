@@ -1,0 +1,280 @@
+"""What the networks designed by a linear matrix inequality share: w_l = σ(C_l w_{l−1} + b_l), y = A x + B w_n + b.
+
+A family states its explicit weights, with the multipliers that prove them, as a function of raw parameters. Here they
+are shrunk by what rounding to the layer's dtype can cost, run, and their bound is proven again for those that run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from liplayers.errors import ArgumentError, ShapeError
+from liplayers.layers.activations import sector, tied_channels
+from liplayers.layers.base import ParametrizedModule, check_positive, exact_precision, fill_orthogonal_
+from liplayers.layers.blocks import check_odd_kernel
+from liplayers.layers.conv import check_image
+from liplayers.linalg.convolution import orthogonal_taps_
+from liplayers.linalg.fourier import fast_size, fourier_multiply, transfer_matrix
+from liplayers.linalg.lmi import ExplicitWeights, Sector, margin, proven_lipschitz
+
+Sizes = int | Sequence[int]
+LARGEST_EXPONENT = 15.0  # multipliers up to e^±15: beyond it float32 holds one end of a ratio of weights only
+
+
+class _LMIModule(ParametrizedModule):
+    """The sizes, the sector of the activation, the biases and the bound of a dense or convolutional block."""
+
+    activation: nn.Module
+    lipschitz: float
+    sizes: tuple[int, ...]  # d_0, d_1, …, d_n
+    outputs: int
+    hidden_bias: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    reset_parameters: Callable[[], None]
+    explicit_weights: Callable[..., ExplicitWeights]
+    """(*what the effective weight depends on) → weights in float64 that satisfy the inequality."""
+
+    def _configure(self, sizes: Sequence[int], outputs: int, activation: nn.Module | None, lipschitz: float) -> None:
+        number = isinstance(lipschitz, (int, float)) and not isinstance(lipschitz, bool)
+        if not number or not (math.isfinite(lipschitz) and lipschitz > 0):
+            raise ArgumentError(f"{type(self).__name__}: lipschitz={lipschitz!r}; expected a positive number")
+        self.lipschitz = float(lipschitz)
+        self.sizes = tuple(sizes)
+        self.outputs = outputs
+        self.activation = nn.ReLU() if activation is None else activation
+        self.sector = self._accepted_sector()
+
+    def _accepted_sector(self) -> Sector:
+        """The sector that the weights are made for; families whose proof needs [0, 1] ask for it here."""
+        return Sector(*sector(self, self.activation))
+
+    def _make_parameters(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self._make_raw(device, dtype)
+        self.hidden_bias = nn.Parameter(torch.empty(sum(self.sizes[1:]), device=device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.empty(self.outputs, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_biases(self) -> None:
+        """Zero."""
+        for bias in (self.hidden_bias, self.bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def multiplier_groups(self) -> list[list[int] | None]:
+        """For each hidden layer the group of each channel, whose multipliers are equal; None where all are free."""
+        return [tied_channels(self.activation, size) for size in self.sizes[1:]]
+
+    def multiplier_count(self) -> int:
+        """How many multipliers are free."""
+        groups = zip(self.multiplier_groups(), self.sizes[1:], strict=True)
+        return sum(size if group is None else max(group) + 1 for group, size in groups)
+
+    def multipliers(self, logarithms: Tensor) -> tuple[Tensor, ...]:
+        """The diagonals of Λ_1 … Λ_n from the logarithms of the free ones."""
+        free = logarithms.double().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()
+        found = []
+        for group, size in zip(self.multiplier_groups(), self.sizes[1:], strict=True):
+            count = size if group is None else max(group) + 1
+            part, free = free[:count], free[count:]
+            found.append(part if group is None else part[torch.tensor(group, device=part.device)])
+        return tuple(found)
+
+    def _rounded(self, weights: ExplicitWeights, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The weights, with the margin for their rounding, in the dtype that they run in."""
+        size = max(*self.sizes, self.outputs)
+        at_least_single = torch.promote_types(dtype, torch.float32)
+        executed = weights.shrunk(margin(size, at_least_single)).executed()
+        # transforms exist in single precision at least
+        return tuple(w.to(at_least_single.to_complex() if w.is_complex() else dtype) for w in executed)
+
+    def compute_effective(self, *key: int) -> tuple[Tensor, ...]:
+        return self._rounded(self.explicit_weights(*key), self.raw.dtype)
+
+    def _check_sector(self) -> None:
+        """The activation may have been replaced, or its parameters trained, since construction."""
+        low, high = sector(self, self.activation)
+        if low < self.sector.low or high > self.sector.high:
+            raise ArgumentError(
+                f"{type(self).__name__}: activation={self.activation} has slopes in [{low:g}, {high:g}], the weights "
+                f"are made for [{self.sector.low:g}, {self.sector.high:g}]; build a new layer with this activation"
+            )
+
+    def _hidden_biases(self) -> Sequence[Tensor | None]:
+        return [None] * (len(self.sizes) - 1) if self.hidden_bias is None else self.hidden_bias.split(self.sizes[1:])
+
+    def _arguments(self) -> str:
+        text = "" if isinstance(self.activation, nn.ReLU) else f", activation={self.activation}"
+        text += "" if self.lipschitz == 1 else f", lipschitz={self.lipschitz:g}"
+        return text + (", bias=False" if self.bias is None else "")
+
+
+class DenseLMIBlock(_LMIModule):
+    """Base of the dense forms."""
+
+    def __init__(
+        self,
+        features: int,
+        hidden_features: Sizes | None = None,
+        out_features: int | None = None,
+        bias: bool = True,
+        *,
+        activation: nn.Module | None = None,
+        lipschitz: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        out_features = features if out_features is None else out_features
+        check_positive(self, features=features, out_features=out_features)
+        hidden = hidden_sizes(self, "hidden_features", hidden_features, out_features)
+        self.features = features
+        self.hidden_features = hidden
+        self.out_features = out_features
+        self._configure((features, *hidden), out_features, activation, lipschitz)
+        self._make_parameters(bias, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x if x.dim() == 2 else x.reshape(-1, self.features)  # activations act on dimension 1
+        weights = self.effective()
+        n = len(self.sizes) - 1
+        w = flat
+        for C, b in zip(weights[:n], self._hidden_biases(), strict=True):
+            w = self.activation(F.linear(w, C, b))
+        y = F.linear(w, weights[n], self.bias)
+        if len(weights) > n + 1:
+            y = y + F.linear(flat, weights[n + 1])
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def lipschitz_bound(self) -> float:
+        """Proven for the weights as they run, here and now; `lipschitz` unless they run in half precision."""
+        self._check_sector()
+        dtype = self.executed_dtype()
+        with torch.no_grad(), exact_precision(self.raw_device):
+            weights = self.explicit_weights()
+            run = [w.to(dtype).double() for w in self._rounded(weights, self.raw.dtype)]
+            return proven_lipschitz(weights.with_executed(run), self.target(), self.sector)
+
+    def target(self) -> float:
+        """The Lipschitz constant that the weights are made for."""
+        return self.lipschitz
+
+    def extra_repr(self) -> str:
+        hidden = self.hidden_features[0] if len(self.hidden_features) == 1 else self.hidden_features
+        text = f"features={self.features}, hidden_features={hidden}"
+        text += "" if self.out_features == self.features else f", out_features={self.out_features}"
+        return text + self._arguments()
+
+
+class Conv2dLMIBlock(_LMIModule):
+    """Base of the convolutional forms: the inequality at each frequency of a torus, with multipliers for each channel.
+
+    The image, with zeros for zero padding, is pixel-unshuffled by the stride and put on the torus; embedding and
+    cropping are contractions. As the activation acts on each pixel, the multipliers are the same at all frequencies,
+    and the sum of the forms over the frequencies is the form of the whole. Nothing depends on the size of the image.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden_channels: Sizes | None = None,
+        out_channels: int | None = None,
+        kernel_size: int = 3,
+        stride: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        activation: nn.Module | None = None,
+        lipschitz: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        out_channels = channels if out_channels is None else out_channels
+        check_positive(self, channels=channels, out_channels=out_channels, stride=stride)
+        check_odd_kernel(self, kernel_size)
+        hidden = hidden_sizes(self, "hidden_channels", hidden_channels, out_channels)
+        if padding_mode not in ("zeros", "circular"):
+            raise ArgumentError(f"{type(self).__name__}: padding_mode={padding_mode!r}; expected 'zeros' or 'circular'")
+        self.channels = channels
+        self.hidden_channels = hidden
+        self.out_channels = out_channels
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding_mode = padding_mode
+        self._configure((channels * stride**2, *hidden), out_channels, activation, lipschitz)
+        self._make_parameters(bias, device, dtype)
+
+    @property
+    def taps(self) -> int:
+        """The side of the kernels on the pixel-unshuffled image."""
+        return math.ceil(self.kernel_size / self.stride)
+
+    def transfer(self, kernel: Tensor, height: int, width: int) -> Tensor:
+        """The transfer matrices of a raw kernel in float64."""
+        return transfer_matrix(kernel.double(), (height, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_image(self, x, self.channels)
+        image = x if x.dim() == 4 else x[None]
+        with exact_precision(x.device):
+            y = self._run(image.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+        return y if x.dim() == 4 else y[0]
+
+    def _run(self, x: Tensor) -> Tensor:
+        s = self.stride
+        size = (math.ceil(x.shape[-2] / s), math.ceil(x.shape[-1] / s))
+        if self.padding_mode == "circular" and (x.shape[-2] % s or x.shape[-1] % s):
+            raise ShapeError(
+                f"{type(self).__name__}: circular padding with stride {s} on an image of {tuple(x.shape[-2:])} exceeds "
+                f"the bound; the stride must divide the size: crop or pad the image, or use 'zeros'"
+            )
+        x = F.pad(x, (0, -x.shape[-1] % s, 0, -x.shape[-2] % s))
+        x = rearrange(x, "n c (h a) (w b) -> n (c a b) h w", a=s, b=s)
+        pad = 0 if self.padding_mode == "circular" else len(self.sizes) * (self.taps // 2)
+        grid = (size[0], size[1]) if not pad else (fast_size(size[0] + pad), fast_size(size[1] + pad))
+        weights = self.effective(*grid)
+        n = len(self.sizes) - 1
+        w = x
+        for C, b in zip(weights[:n], self._hidden_biases(), strict=True):
+            w = fourier_multiply(w, C, grid, grid)
+            w = self.activation(w if b is None else w + b.to(w.dtype)[:, None, None])
+        y = fourier_multiply(w, weights[n], grid, size)
+        if len(weights) > n + 1:
+            y = y + fourier_multiply(x, weights[n + 1], grid, size)
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+    def lipschitz_bound(self) -> float:
+        """`lipschitz`: the margin keeps the inequality for the weights as rounded, at every size."""
+        self._check_sector()
+        return self.lipschitz
+
+    def extra_repr(self) -> str:
+        hidden = self.hidden_channels[0] if len(self.hidden_channels) == 1 else self.hidden_channels
+        text = f"channels={self.channels}, hidden_channels={hidden}"
+        text += "" if self.out_channels == self.channels else f", out_channels={self.out_channels}"
+        text += f", kernel_size={self.kernel_size}" + ("" if self.stride == 1 else f", stride={self.stride}")
+        return text + f", padding_mode={self.padding_mode!r}" + self._arguments()
+
+
+def hidden_sizes(owner: object, name: str, value: Sizes | None, default: int) -> tuple[int, ...]:
+    """One size or several as a tuple, each checked."""
+    given = default if value is None else value
+    sizes = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    if not sizes:
+        raise ArgumentError(f"{type(owner).__name__}: {name}={value!r}; expected at least one size")
+    for size in sizes:
+        check_positive(owner, **{name: size})
+    return sizes
+
+
+def orthogonal_(raw: Tensor, gain: float) -> None:
+    """A matrix, or one tap of a kernel, with singular values `gain`."""
+    orthogonal_taps_(raw, (1, 1)) if raw.dim() == 4 else fill_orthogonal_(raw)
+    raw.data.mul_(gain)

@@ -1,0 +1,277 @@
+"""Sandwich layers and LBDN, Lipschitz-bounded deep networks (Wang & Manchester 2023, arXiv 2301.11526).
+
+Differs from the public code: Ψ is limited, so that Ψ and Ψ⁻¹ are both numbers of the layer's dtype, A and B start
+at equal size, and the bound is proven again for the weights that run.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from liplayers.layers.activations import require_slope_range
+from liplayers.layers.lmi import Conv2dLMIBlock, DenseLMIBlock, Sizes, orthogonal_
+from liplayers.layers.registry import Family, register
+from liplayers.linalg.lmi import ExplicitWeights, Sector
+from liplayers.linalg.orthogonal import cayley, to_double
+
+__all__ = ["LBDN", "SandwichBlock", "SandwichConv2dBlock"]
+
+Block = DenseLMIBlock | Conv2dLMIBlock
+
+
+def _reset_pair(raw: Tensor, gain: float) -> None:
+    """U = 0, V = gain·Q: A = (1 − gain²)/(1 + gain²) I, B = −2 gain/(1 + gain²) Qᵀ, for a square Q."""
+    nn.init.zeros_(raw)
+    orthogonal_(raw.data[:, raw.shape[0] :], gain)
+
+
+BALANCED = 1 - math.sqrt(2)  # A and B of equal size: √2 A and √2 B are orthogonal
+
+
+def _pair(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """[A B] with AAᴴ + BBᴴ = I from a wide matrix, A square."""
+    A, B = cayley(to_double(raw)).split([raw.shape[-2], raw.shape[-1] - raw.shape[-2]], -1)
+    return A, B
+
+
+def _in_zero_one(block: Block) -> Sector:
+    require_slope_range(block, block.activation)
+    return Sector(0.0, 1.0)
+
+
+def _sandwich(block: Block, raw: Tensor, logs: Tensor) -> ExplicitWeights:
+    (multiplier,) = block.multipliers(logs)
+    psi = (multiplier / block.lipschitz).sqrt().to(raw.dtype)
+    A, B = _pair(raw)
+    scale = math.sqrt(2 * block.lipschitz)
+    return ExplicitWeights((scale * B / psi[:, None],), scale * A.mH * psi, None, (multiplier,))
+
+
+class SandwichBlock(DenseLMIBlock):
+    r"""Sandwich layer, a dense 𝓛-Lipschitz layer with its activation inside: y = √(2𝓛) AᵀΨσ(√(2𝓛) Ψ⁻¹B x + b).
+
+    [A B] with AAᵀ + BBᵀ = I is the Cayley transform of a free matrix, Ψ a free positive diagonal; for σ with slopes in
+    [0, 1]. 1-Lipschitz for 𝓛 = 1. Signal gain at initialisation is that of the activation, 0.7 for ReLU: √2A and √2B
+    are orthogonal. Cost: one inverse of the outputs' size, in float64.
+
+    Args:
+        features: size of the input.
+        out_features: default `features`.
+        bias: whether b is there.
+        activation: entrywise with slopes in [0, 1]; default ReLU.
+        lipschitz: 𝓛.
+        device, dtype: of the parameters.
+
+    Shape:
+        (*, features) → (*, out_features).
+
+    Raises:
+        ArgumentError: an activation without proven slopes in [0, 1] (MaxMin, abs, GELU, SiLU), sizes below 1, 𝓛 that is
+            not positive.
+
+    Source: Wang & Manchester 2023, arXiv 2301.11526.
+
+    >>> import torch
+    >>> layer = SandwichBlock(6, 9)
+    >>> x, y = torch.randn(2, 6)
+    >>> bool((layer(x) - layer(y)).norm() <= (x - y).norm()), layer.lipschitz_bound()
+    (True, 1.0)
+    """
+
+    def __init__(
+        self,
+        features: int,
+        out_features: int | None = None,
+        bias: bool = True,
+        *,
+        activation: nn.Module | None = None,
+        lipschitz: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            features, None, out_features, bias, activation=activation, lipschitz=lipschitz, device=device, dtype=dtype
+        )
+
+    def _accepted_sector(self) -> Sector:
+        return _in_zero_one(self)
+
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"raw": (self.outputs, self.outputs + self.sizes[0]), "log_multiplier": (self.multiplier_count(),)}
+
+    def reset_parameters(self) -> None:
+        """√2A = I, √2B orthogonal, Ψ = I, no bias."""
+        _reset_pair(self.raw, BALANCED)
+        nn.init.zeros_(self.get_parameter("log_multiplier"))
+        self.reset_biases()
+
+    def explicit_weights(self) -> ExplicitWeights:
+        return _sandwich(self, *self.raw_values())
+
+
+class SandwichConv2dBlock(Conv2dLMIBlock):
+    r"""Sandwich layer for images: the dense layer's algebra on the transfer matrices at each frequency.
+
+    y = √(2𝓛) Aᵀ ∗ Ψσ(√(2𝓛) Ψ⁻¹B ∗ x + b), 𝓛-Lipschitz (1-Lipschitz for 𝓛 = 1) for every image size; the support of A
+    and B is the whole image (zero padding: the image in a larger torus). Signal gain at initialisation is that of the
+    activation, 0.7 for ReLU. Cost: one inverse for each frequency, and three transforms.
+
+    Args:
+        channels: of the input.
+        out_channels: default `channels`.
+        kernel_size: odd, of the raw kernel.
+        stride: acts by pixel-unshuffling: the output has ⌈H/s⌉ × ⌈W/s⌉ pixels.
+        bias: whether b is there.
+        padding_mode: "zeros" or "circular".
+        activation, lipschitz, device, dtype: as in `SandwichBlock`.
+
+    Shape:
+        (N, channels, H, W) → (N, out_channels, ⌈H/s⌉, ⌈W/s⌉).
+
+    Raises:
+        ArgumentError: as `SandwichBlock`; an even kernel, another padding mode.
+        ShapeError: at call, another number of channels; circular padding with a stride that does not divide the image.
+
+    Source: Wang & Manchester 2023, arXiv 2301.11526.
+
+    >>> import torch
+    >>> SandwichConv2dBlock(4, 8, stride=2)(torch.randn(2, 4, 7, 5)).shape
+    torch.Size([2, 8, 4, 3])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int | None = None,
+        kernel_size: int = 3,
+        stride: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        activation: nn.Module | None = None,
+        lipschitz: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        geometry = (out_channels, kernel_size, stride, bias, padding_mode)
+        super().__init__(
+            channels, None, *geometry, activation=activation, lipschitz=lipschitz, device=device, dtype=dtype
+        )
+
+    def _accepted_sector(self) -> Sector:
+        return _in_zero_one(self)
+
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        shape = (self.outputs, self.outputs + self.sizes[0], self.taps, self.taps)
+        return {"raw": shape, "log_multiplier": (self.multiplier_count(),)}
+
+    def reset_parameters(self) -> None:
+        """√2A = I, √2B one orthogonal tap, Ψ = I, no bias."""
+        _reset_pair(self.raw, BALANCED)
+        nn.init.zeros_(self.get_parameter("log_multiplier"))
+        self.reset_biases()
+
+    def explicit_weights(self, height: int, width: int) -> ExplicitWeights:
+        raw, logs = self.raw_values()
+        return _sandwich(self, self.transfer(raw, height, width), logs)
+
+
+class LBDN(DenseLMIBlock):
+    r"""Lipschitz-bounded deep network: sandwich layers in network form, neighbours sharing parameters.
+
+    w_l = σ(C_l w_{l−1} + b_l), y = C_{n+1}w_n + b with C_1 = √(2γ) Ψ_1⁻¹B_1, C_l = 2 Ψ_l⁻¹B_l A_{l−1}ᵀΨ_{l−1},
+    C_{n+1} = √(2γ) B_{n+1}A_nᵀΨ_n, where [A_l B_l] with A_l A_lᵀ + B_l B_lᵀ = I is the Cayley transform of a free
+    matrix and Ψ_l a free positive diagonal; for σ with slopes in [0, 1]. `explicit_weights` gives C_l. γ-Lipschitz
+    (1-Lipschitz for γ = 1). Signal gain at initialisation is that of the activation for each layer, 0.7 for ReLU. Cost:
+    one inverse and one product for each layer, in float64.
+
+    Args:
+        features: size of the input.
+        hidden_features: d_1 … d_n, one integer or several; default `out_features`.
+        out_features: default `features`.
+        bias: whether b_l and b are there.
+        activation: entrywise with slopes in [0, 1]; default ReLU.
+        lipschitz: γ.
+        learnable: whether γ is a parameter, as its logarithm; then the bound is what it is at the time.
+        device, dtype: of the parameters.
+
+    Shape:
+        (*, features) → (*, out_features).
+
+    Raises:
+        ArgumentError: an activation without proven slopes in [0, 1] (MaxMin, abs, GELU, SiLU), sizes below 1, γ that is
+            not positive.
+
+    Source: Wang & Manchester 2023, arXiv 2301.11526.
+
+    >>> net = LBDN(6, (9, 7), 3, lipschitz=5.0)
+    >>> [tuple(C.shape) for C in net.explicit_weights().inner], net.lipschitz_bound()
+    ([(9, 6), (7, 9)], 5.0)
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden_features: Sizes | None = None,
+        out_features: int | None = None,
+        bias: bool = True,
+        *,
+        activation: nn.Module | None = None,
+        lipschitz: float = 1.0,
+        learnable: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.learnable = learnable
+        self.constant_bound = not learnable
+        sizes = (features, hidden_features, out_features)
+        super().__init__(*sizes, bias, activation=activation, lipschitz=lipschitz, device=device, dtype=dtype)
+
+    def _accepted_sector(self) -> Sector:
+        return _in_zero_one(self)
+
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        rows = [*self.sizes[1:], self.outputs]
+        names = ["raw", *(f"raw_{i}" for i in range(2, len(self.sizes))), "raw_out"]
+        shapes: dict[str, tuple[int, ...]]
+        shapes = {name: (d, d + e) for name, d, e in zip(names, rows, self.sizes, strict=True)}
+        shapes["log_multiplier"] = (self.multiplier_count(),)
+        return {**shapes, "log_lipschitz": ()} if self.learnable else shapes
+
+    def reset_parameters(self) -> None:
+        """√2A_l = I, √2B_l orthogonal, B_{n+1} orthogonal, Ψ_l = I, no bias."""
+        for name in self.raw_names:
+            p = self.get_parameter(name)
+            if p.dim() == 2:
+                _reset_pair(p, -1.0 if name == "raw_out" else BALANCED)
+            else:
+                nn.init.constant_(p, math.log(self.lipschitz) if name == "log_lipschitz" else 0.0)
+        self.reset_biases()
+
+    def explicit_weights(self) -> ExplicitWeights:
+        values = dict(zip(self.raw_names, self.raw_values(), strict=True))
+        gamma = values["log_lipschitz"].double().exp() if self.learnable else self.lipschitz
+        psi = [multiplier.sqrt() for multiplier in self.multipliers(values["log_multiplier"])]
+        pairs = [_pair(raw) for name, raw in values.items() if name.startswith("raw")]
+        end = math.sqrt(2) * gamma**0.5
+        (A, B), *further, (_, last) = pairs
+        inner = [end * B / psi[0][:, None]]
+        for (next_A, B), below, scale in zip(further, psi, psi[1:], strict=False):
+            inner.append(2 / scale[:, None] * (B @ A.mT) * below)
+            A = next_A
+        return ExplicitWeights(
+            tuple(inner), end * (last @ A.mT) * psi[-1], None, tuple(gamma * p.square() for p in psi)
+        )
+
+    def target(self) -> float:
+        return self.get_parameter("log_lipschitz").double().exp().item() if self.learnable else self.lipschitz
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", learnable=True" if self.learnable else "")
+
+
+register(Family("sandwich", dense_block=SandwichBlock, conv_block=SandwichConv2dBlock))
+register(Family("lbdn", dense_block=LBDN))

@@ -1,0 +1,242 @@
+"""The linear matrix inequality behind LBDN, LDLT and Gershgorin networks, and the weights that solve it.
+
+A network w_0 = x, w_l = σ(C_l w_{l−1} + b_l), y = A x + B w_n + b, where σ has slopes in [m, β], is 𝓛-Lipschitz if
+there are positive diagonal Λ_l such that for all x, w_1, …, w_n, with v_l = C_l w_{l−1},
+
+    𝓛²|x|² − |A x + B w_n|² − 2 Σ_l (w_l − m v_l)ᵀΛ_l(β v_l − w_l) ≥ 0.
+
+The sum is nonnegative for differences of two trajectories, entry by entry. For an activation that is only 1-Lipschitz
+on groups of channels (MaxMin on pairs) it is for m = −1, β = 1 and Λ_l equal within each group.
+
+Every function works on (..., rows, columns), real or complex, batched over the leading dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from liplayers.linalg.norms import frobenius_norm, unit_scale
+from liplayers.linalg.orthogonal import to_double
+
+
+class Sector(NamedTuple):
+    """The slopes [low, high] of an activation, low ≤ 0 < high."""
+
+    low: float
+    high: float
+
+
+class ExplicitWeights(NamedTuple):
+    """The weights of a network as it runs, and the multipliers that prove its bound.
+
+    Attributes:
+        inner: C_1 … C_n, (..., d_l, d_{l−1}).
+        outgoing: B, (..., out, d_n).
+        skip: A, (..., out, in), or None for zero.
+        multipliers: the diagonals of Λ_1 … Λ_n, (d_l,).
+    """
+
+    inner: tuple[Tensor, ...]
+    outgoing: Tensor
+    skip: Tensor | None
+    multipliers: tuple[Tensor, ...]
+
+    def executed(self) -> tuple[Tensor, ...]:
+        """What a forward pass needs: C_1 … C_n, B, and A where there is one."""
+        return (*self.inner, self.outgoing, *(() if self.skip is None else (self.skip,)))
+
+    def with_executed(self, values: Sequence[Tensor]) -> ExplicitWeights:
+        """These multipliers with other weights, in the order of `executed`."""
+        n = len(self.inner)
+        return ExplicitWeights(
+            tuple(values[:n]), values[n], None if self.skip is None else values[-1], self.multipliers
+        )
+
+    def shrunk(self, margin: float) -> ExplicitWeights:
+        """C_l, B times 1 − margin =: r, and A times rⁿ⁺¹.
+
+        The form keeps its sign, and gains almost `margin` times its own block diagonal (𝓛²I, 2Λ_l) for m ≤ 0: its other
+        entries shrink by r at least, but those of |A x + B w_n|², which lose O(margin²) where A and B cancel.
+        """
+        r = 1 - margin
+        skip = None if self.skip is None else self.skip * r ** (len(self.inner) + 1)
+        return ExplicitWeights(tuple(C * r for C in self.inner), self.outgoing * r, skip, self.multipliers)
+
+
+# Beyond this norm (on average over the shorter side) the 1 in VᴴV + I is lost to the conditions of the factorisations.
+LARGEST = 300.0
+
+
+def limited(V: Tensor) -> Tensor:
+    """V in float64, shortened to a Frobenius norm of `LARGEST`·√(shorter side) where it is longer."""
+    K, scale = unit_scale(to_double(V))
+    limit = LARGEST * math.sqrt(min(V.shape[-2:])) / scale
+    norm = frobenius_norm(K)[..., None, None]
+    return K * (limit / torch.maximum(norm, limit)) * scale
+
+
+def cholesky(S: Tensor) -> Tensor:
+    """The lower factor; NaN where there is none, which only NaN or infinite entries lead to here."""
+    L, failed = torch.linalg.cholesky_ex(S)
+    return torch.where((failed != 0)[..., None, None], torch.nan, L)
+
+
+def _ridged(S: Tensor) -> Tensor:
+    """chol(S + I)."""
+    return cholesky(S + torch.eye(S.shape[-1], dtype=S.dtype, device=S.device))
+
+
+def _from_right(X: Tensor, L: Tensor) -> Tensor:
+    """X L⁻ᴴ for a lower L."""
+    return torch.linalg.solve_triangular(L.mH, X, upper=True, left=False)
+
+
+def strict_contraction(V: Tensor) -> tuple[Tensor, Tensor]:
+    """X = V R⁻ᴴ with RRᴴ = VᴴV + I, and R: ‖X‖ < 1, and every strict contraction X is that of some V.
+
+    >>> X, R = strict_contraction(torch.tensor([[3.0]], dtype=torch.float64))
+    >>> round(X.item() ** 2, 3)
+    0.9
+    """
+    R = _ridged(V.mH @ V)
+    return _from_right(V, R), R
+
+
+def ldlt_weights(
+    V_inner: Sequence[Tensor],
+    V_outgoing: Tensor,
+    multipliers: Sequence[Tensor],
+    lipschitz: float,
+    sector: Sector,
+    skip: bool,
+) -> ExplicitWeights:
+    """Weights that satisfy the inequality, by a block LDLᵀ factorisation; every set of weights that is strict is reached.
+
+    The form without |A x + B w_n|² is positive definite, as it exceeds that square. It is block tridiagonal in x, w_1
+    and so on, and the pivot of its block l is P_l = F_l⁻ᵀF_l⁻¹ before C_{l+1} enters. With X = V R⁻ᵀ the strict
+    contraction that V stands for, ρ = (β + m)/(β − m), RRᵀ = VᵀV + I, SSᵀ = ρ²VᵀV + I, TTᵀ = ρ²VVᵀ + I,
+
+        F_0 = I/𝓛,   C_l = √2/(β − m) Λ_l^(−½) X_l F_{l−1}⁻¹,   F_l = Λ_l^(−½) T_l/√2.
+
+    Without skip B = X F_n⁻¹. With it, A and B may be whatever the rest of the form, once w_1, …, w_{n−1} are minimised
+    away, leaves in x and w_n: with [X_A X_B] the strict contraction that [V_A V_B] stands for,
+
+        u_0 = S_1⁻¹R_1F_0ᵀ,   u_l = ρ S_{l+1}⁻¹R_{l+1}T_lᵀV_lS_l⁻ᵀ u_{l−1},   Σ_{l<n} u_lᵀu_l = L_u L_uᵀ,
+        A = X_A L_u⁻¹,   B = X_B F_n⁻¹ − √2 ρ A u_{n−1}ᵀS_n⁻¹V_nᵀΛ_n^½.
+
+    For n = 1 and slopes in [0, 1], A = 𝓛X_A and B = X_B F_1⁻¹ − X_A CᵀΛ/𝓛: with X_A → 𝓛I, X_B = 0 that is the SLL block
+    x − CᵀΛσ(Cx + b), with X_A = 0 the sandwich layer.
+
+    Args:
+        V_inner: (..., d_l, d_{l−1}) for each layer.
+        V_outgoing: (..., out, d_n), with skip [V_A V_B], (..., out, d_0 + d_n).
+        multipliers: the diagonal of Λ_l, (d_l,), for each layer.
+        lipschitz: 𝓛.
+        sector: of the activations.
+        skip: whether A is there.
+
+    Returns:
+        weights in float64 or complex128, as the matrices are.
+
+    Source: Juston et al. 2025 (arXiv 2512.05915) for the factorisation without skip. Theirs with skip is not feasible;
+    eliminating x with A first makes it so, but asks for C_l that would be feasible with B = 0, which SLL's are not.
+    """
+    rho = (sector.high + sector.low) / (sector.high - sector.low)
+    scale = math.sqrt(2) / (sector.high - sector.low)
+    F, upper = torch.eye(V_inner[0].shape[-1], dtype=V_outgoing.dtype, device=V_outgoing.device) / lipschitz, True
+    inner, past, u = [], [], F.mH  # past: u_0, u_1, …; u becomes the next one
+    for V, multiplier in zip(V_inner, multipliers, strict=True):
+        root = multiplier.sqrt().to(V.dtype)
+        X, R = strict_contraction(V)
+        inner.append(scale * torch.linalg.solve_triangular(F, X, upper=upper, left=False) / root[:, None])
+        T = _ridged(rho**2 * (V @ V.mH))
+        F, upper = T / (math.sqrt(2) * root[:, None]), False
+        if skip:
+            S = R if abs(rho) == 1 else _ridged(rho**2 * (V.mH @ V))
+            past.append(u if S is R else torch.linalg.solve_triangular(S, R @ u, upper=False))
+            coupling = rho * _from_right(V, S) @ past[-1]
+            u = T.mH @ coupling
+    if not skip:
+        X, _ = strict_contraction(V_outgoing)
+        outgoing = torch.linalg.solve_triangular(F, X, upper=False, left=False)
+        return ExplicitWeights(tuple(inner), outgoing, None, tuple(multipliers))
+    X_skip, X = strict_contraction(V_outgoing)[0].split([V_inner[0].shape[-1], F.shape[-1]], -1)
+    L = cholesky(sum((u.mH @ u for u in past[1:]), past[0].mH @ past[0]))
+    A = torch.linalg.solve_triangular(L, X_skip, upper=False, left=False)
+    B = torch.linalg.solve_triangular(F, X, upper=False, left=False) - math.sqrt(2) * (A @ coupling.mH) * root
+    return ExplicitWeights(tuple(inner), B, A, tuple(multipliers))
+
+
+def lmi_matrix(weights: ExplicitWeights, lipschitz: float, sector: Sector) -> Tensor:
+    """The matrix of the form above in (𝓛x, √2Λ_1^½ w_1, …, √2Λ_n^½ w_n): positive semidefinite is what has to be shown.
+
+    Returns:
+        (..., N, N), Hermitian, with N the sum of all sizes but the output's.
+    """
+    m, beta = sector
+    A, B, n = weights.skip, weights.outgoing, len(weights.inner)
+    sizes = [weights.inner[0].shape[-1], *(C.shape[-2] for C in weights.inner)]
+    starts = [sum(sizes[:i]) for i in range(n + 1)]
+    blocks = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    units = [lipschitz * torch.ones_like(weights.multipliers[0][:1]).expand(sizes[0])]
+    units += [(2 * multiplier).sqrt() for multiplier in weights.multipliers]
+    M = torch.eye(sum(sizes), dtype=B.dtype, device=B.device).expand(*B.shape[:-2], -1, -1).clone()
+    for i, C in enumerate(weights.inner):
+        N = units[i + 1][:, None] * C / units[i]  # v in units of w_l, from w_(l−1) in its own
+        M[..., blocks[i], blocks[i]] += (m * beta) * (N.mH @ N)
+        M[..., blocks[i + 1], blocks[i]] -= ((m + beta) / 2) * N
+        M[..., blocks[i], blocks[i + 1]] -= ((m + beta) / 2) * N.mH
+    ends = [(blocks[n], B / units[n]), *([(blocks[0], A / units[0])] if A is not None else [])]
+    for rows, left in ends:
+        for columns, right in ends:
+            M[..., rows, columns] -= left.mH @ right
+    return M
+
+
+def is_proven(weights: ExplicitWeights, lipschitz: float, sector: Sector) -> bool:
+    """Whether the inequality holds, by a Cholesky factorisation in floating point.
+
+    One of M − cI that runs to its end proves M ⪰ 0 where c exceeds the rounding of the factorisation, (N + 1)·ε·trace
+    (Rump 2006), and that of the entries of M.
+    """
+    M = lmi_matrix(weights, lipschitz, sector)
+    N = M.shape[-1]
+    M.diagonal(dim1=-2, dim2=-1).sub_(4 * N * (N + 1) * torch.finfo(M.dtype).eps)
+    return bool(
+        (torch.linalg.cholesky_ex(M)[1] == 0).all()
+        and torch.isfinite(torch.view_as_real(M) if M.is_complex() else M).all()
+    )
+
+
+def proven_lipschitz(weights: ExplicitWeights, lipschitz: float, sector: Sector) -> float:
+    """The least 𝓛(1 + η)ⁿ⁺¹ on a geometric scale of η that the multipliers prove for weights as they run.
+
+    Measured in (1 + η)ˡ times their unit, w_l obey the same equations with C_l, B over 1 + η and A over (1 + η)ⁿ⁺¹, and
+    y is (1 + η)ⁿ⁺¹ times as large.
+
+    Returns:
+        𝓛 itself where it holds; infinity where weights are not finite or nothing up to η = 1 is proven.
+    """
+    if is_proven(weights, lipschitz, sector):
+        return lipschitz
+    eta = 1e-12
+    while eta < 1:
+        if is_proven(weights.shrunk(eta / (1 + eta)), lipschitz, sector):
+            return lipschitz * (1 + eta) ** (len(weights.inner) + 1) * (1 + 1e-15)
+        eta *= 2
+    return math.inf
+
+
+def margin(size: int, dtype: torch.dtype) -> float:
+    """The margin that weights are shrunk by, so that rounding them to `dtype` keeps the inequality.
+
+    In the units of `lmi_matrix` every block that holds a weight has norm 1 at most, and rounding changes each entry by
+    u relatively, so the block by u·√size: in all by less than 8u√size, which shrinking by as much makes up for.
+    Factorising in float64 errs by less than 1e-10.
+    """
+    return 8 * math.sqrt(size) * max(torch.finfo(dtype).eps / 2, 1e-10)
