@@ -178,7 +178,7 @@ def test_summary_counts_right_predictions_only():
 
 
 def test_curve_steps_where_points_fall():
-    line = report.curve({"a": CERTIFICATES}, "t").axes[0].lines[0]
+    line = report.curve({"a": CERTIFICATES}, "t", "pixels in [0, 1]").axes[0].lines[0]
     x, y = line.get_xdata(), line.get_ydata()
     assert line.get_drawstyle() == "steps-post"
     assert dict(zip(x.tolist(), y.tolist(), strict=True)) == {0.0: 75.0, 0.1: 50.0, 0.5: 25.0}

@@ -26,6 +26,7 @@ from liplayers.data import (
     CIFAR100,
     MNIST,
     BatchSampler,
+    DataModule,
     Digits,
     ImageDataModule,
     ImageFolderData,
@@ -61,7 +62,7 @@ def fails(kind: type[Exception], call: Callable[[], object], *parts: object) -> 
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
-def batches(data: ImageDataModule, epoch: int) -> list[Tensor]:
+def batches(data: DataModule, epoch: int) -> list[Tensor]:
     loader = data.train_dataloader()
     assert isinstance(loader.sampler, BatchSampler)
     loader.sampler.set_epoch(epoch)
@@ -94,14 +95,14 @@ def test_digits_splits_are_disjoint_and_stratified_and_complete() -> None:
     data = Digits(val_fraction=0.1)
     splits = [data.split(which) for which in ("train", "val", "test")]
     assert sum(len(split) for split in splits) == 1797
-    rows = [image.numpy().tobytes() for split in splits for image in split.images]
+    rows = [image.numpy().tobytes() for split in splits for image in split.inputs]
     assert sorted(rows) == sorted((image / 16).astype(np.float32).tobytes() for image in load_digits().images)
     for split, share in zip(splits, (0.72, 0.08, 0.2), strict=True):
         counts = torch.bincount(split.labels, minlength=10)
         expected = share * np.bincount(load_digits().target)
         assert np.abs(counts.numpy() - expected).max() <= 2
     assert (data.input_shape, data.num_classes, data.class_names) == ((1, 8, 8), 10, tuple("0123456789"))
-    assert splits[0].images.dtype == torch.float32
+    assert splits[0].inputs.dtype == torch.float32
 
 
 def test_digits_test_split_is_fixed_for_good() -> None:
@@ -120,7 +121,7 @@ def test_validation_rows_depend_on_the_seed_and_are_disjoint_from_training() -> 
     assert torch.bincount(one.split("val").labels).tolist() == [2] * 5
     for split in (one.split("train"), one.split("val")):
         numbers = [int(source.removesuffix(".png")) for source in split.sources or ()]
-        assert split.images[:, 0, 0, 0].tolist() == numbers
+        assert split.inputs[:, 0, 0, 0].tolist() == numbers
         assert split.labels.tolist() == [number % 5 for number in numbers]
 
 
@@ -222,7 +223,7 @@ def test_eval_loader_gives_all_samples_in_order() -> None:
     data = Ramp(eval_batch_size=7)
     for which, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
         images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
-        assert torch.equal(images, data.split(which).images.float() / 255)
+        assert torch.equal(images, data.split(which).inputs.float() / 255)
         assert torch.equal(labels, data.split(which).labels)
     assert sum(len(labels) for _, labels in data.eval_loader("train")) == 90
 
@@ -262,7 +263,7 @@ class Recorder(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(data: ImageDataModule, epochs: int, tmp_path: Path, checkpoint: Path | None = None, **options) -> Recorder:
+def fit(data: DataModule, epochs: int, tmp_path: Path, checkpoint: Path | None = None, **options) -> Recorder:
     model = Recorder()
     trainer = lightning.Trainer(
         max_epochs=epochs,
@@ -300,7 +301,7 @@ def test_resumed_run_sees_the_batches_of_the_uninterrupted_one(tmp_path: Path) -
 def test_augmentation_is_for_training_only_and_differs_under_accumulation(tmp_path: Path) -> None:
     data = augmented_ramp()
     model = fit(data, 1, tmp_path, accumulate_grad_batches=3)
-    assert all(torch.equal(batch, data.split("val").images.float() / 255) for batch in model.validated)
+    assert all(torch.equal(batch, data.split("val").inputs.float() / 255) for batch in model.validated)
     plain = batches(data, 0)
     for number, (seen, images) in enumerate(zip(model.seen, plain, strict=True)):
         assert torch.equal(seen, data.augmented(images, number))
@@ -452,8 +453,8 @@ def test_mnist(mnist_root: Path) -> None:
     assert (data.name, data.input_shape, data.num_classes) == ("mnist", (1, 28, 28), 10)
     assert [len(data.split(which)) for which in ("train", "val", "test")] == [30, 10, 20]
     stored = (mnist_root / "MNIST/raw/t10k-images-idx3-ubyte").read_bytes()[16:]
-    assert data.split("test").images.numpy().tobytes() == stored
-    assert data.split("test").images.dtype == torch.uint8
+    assert data.split("test").inputs.numpy().tobytes() == stored
+    assert data.split("test").inputs.dtype == torch.uint8
     assert data.split("test").labels.tolist() == [*range(10)] * 2
     assert data.split("test").sources is None
 
@@ -533,8 +534,8 @@ def test_cifar_reads_its_files(kind: Any, key: str, tmp_path: Path, monkeypatch:
     assert (data.input_shape, data.num_classes, list(data.class_names)) == ((3, 32, 32), classes, names)
     for which, files in (("train", lists["train_list"]), ("test", lists["test_list"])):
         expected = np.concatenate([pixels[file] for file, _ in files]).reshape(-1, 3, 32, 32)
-        assert np.array_equal(data.split(which).images.numpy(), expected)
-        assert data.split(which).images.dtype == torch.uint8
+        assert np.array_equal(data.split(which).inputs.numpy(), expected)
+        assert data.split(which).inputs.dtype == torch.uint8
 
 
 # --- image folder ---------------------------------------------------------------------------------------------------
@@ -564,12 +565,12 @@ def test_folder(tmp_path: Path) -> None:
     data.setup()
     assert (data.name, data.input_shape, data.class_names) == ("pets", (3, 6, 8), ("cat", "dog"))
     split = data.split("test")
-    assert split.images.dtype == torch.uint8
+    assert split.inputs.dtype == torch.uint8
     assert split.labels.tolist() == [0] * 4 + [1] * 4
     assert split.sources is not None
     assert split.sources[5] == str(Path("test/dog/1.png"))
-    assert np.array_equal(split.images[5].numpy(), pattern(1101).transpose(2, 0, 1))
-    for image, source in zip(data.split("val").images, data.split("val").sources or (), strict=True):
+    assert np.array_equal(split.inputs[5].numpy(), pattern(1101).transpose(2, 0, 1))
+    for image, source in zip(data.split("val").inputs, data.split("val").sources or (), strict=True):
         assert np.array_equal(image.numpy(), np.asarray(Image.open(data.root / source)).transpose(2, 0, 1))
 
 
@@ -594,12 +595,12 @@ def test_grey_stays_grey_unless_one_is_not(tmp_path: Path) -> None:
     data = folder_data(root)
     data.setup()
     assert data.input_shape == (1, 6, 8)
-    assert np.array_equal(data.split("test").images[5, 0].numpy(), pattern(1101, 1))
+    assert np.array_equal(data.split("test").inputs[5, 0].numpy(), pattern(1101, 1))
     Image.fromarray(pattern(7)).save(root / "train/dog/colour.png")
     mixed = folder_data(root)
     mixed.setup()
     assert mixed.input_shape == (3, 6, 8)
-    assert np.array_equal(mixed.split("test").images[5].numpy(), np.stack([pattern(1101, 1)] * 3))
+    assert np.array_equal(mixed.split("test").inputs[5].numpy(), np.stack([pattern(1101, 1)] * 3))
 
 
 def test_folder_resize(tmp_path: Path) -> None:
@@ -611,7 +612,7 @@ def test_folder_resize(tmp_path: Path) -> None:
     reference = nn.functional.interpolate(
         torch.from_numpy(pattern(1101)).permute(2, 0, 1)[None].float(), (3, 4), mode="bilinear", antialias=True
     )
-    assert (data.split("test").images[5] - reference[0]).abs().max() <= 1
+    assert (data.split("test").inputs[5] - reference[0]).abs().max() <= 1
     square = folder_data(root, image_size=5)
     square.setup()
     assert square.input_shape == (3, 5, 5)
@@ -625,7 +626,7 @@ def test_large_images_are_decoded_in_order_by_threads(tmp_path: Path, monkeypatc
     monkeypatch.setattr(folder_module, "_CHUNK", 3)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     split = folder_data(fill(tmp_path, count=10)).split("test")
-    for image, source in zip(split.images, split.sources or (), strict=True):
+    for image, source in zip(split.inputs, split.sources or (), strict=True):
         assert np.array_equal(image.numpy(), np.asarray(Image.open(tmp_path / source)).transpose(2, 0, 1))
 
 
@@ -699,7 +700,7 @@ def test_folder_cache_is_used_again_and_gives_the_same(tmp_path: Path, monkeypat
             folder_data(root, cache=cache, image_size=4).setup()
     assert sorted(path.name for path in cache.iterdir()) == files
 
-    again.split("test").images.zero_()
+    again.split("test").inputs.zero_()
     assert folder_data(root, cache=cache).fingerprint("test") == prints[2], "a user wrote through into the cache"
 
 
@@ -712,7 +713,7 @@ def test_folder_cache_is_left_when_a_file_changes(tmp_path: Path) -> None:
     os.utime(path, ns=(before + 1000, before + 1000))
     assert path.stat().st_size == size
     changed = folder_data(root, cache=cache).split("test")
-    assert np.array_equal(changed.images[5].numpy(), pattern(77).transpose(2, 0, 1))
+    assert np.array_equal(changed.inputs[5].numpy(), pattern(77).transpose(2, 0, 1))
     path.unlink()
     assert len(folder_data(root, cache=cache).split("test")) == 7
 
@@ -762,8 +763,8 @@ def test_npz(tmp_path: Path, dtype: str, labels: str) -> None:
     data.setup()
     assert (data.name, data.input_shape, data.num_classes) == ("mine", (2, 3, 4), 4)
     split = data.split("test")
-    assert split.images.dtype == (torch.uint8 if dtype == "uint8" else torch.float32)
-    assert np.array_equal(split.images.numpy(), pixels.astype(split.images.numpy().dtype))
+    assert split.inputs.dtype == (torch.uint8 if dtype == "uint8" else torch.float32)
+    assert np.array_equal(split.inputs.numpy(), pixels.astype(split.inputs.numpy().dtype))
     assert split.labels.tolist() == [0, 1, 2, 3] * 5
 
 
@@ -841,13 +842,14 @@ def test_config_shows_every_argument_with_its_default(path: Path) -> None:
     for name in [name for name in parameters if OmegaConf.is_missing(config, name)]:
         config[name] = "somewhere"
     data = instantiate(OmegaConf.create({"seed": 3, "data": config}).data)
-    assert isinstance(data, ImageDataModule)
+    assert isinstance(data, DataModule)
     assert data.seed == 3
     assert len(data.augment) == (2 if path.stem.startswith("cifar") else 0)
 
 
 def test_every_config_is_there() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"digits", "mnist", "cifar10", "cifar100", "folder", "npz"}
+    images = {"digits", "mnist", "cifar10", "cifar100", "folder", "npz"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == images | {"table", "uci"}
 
 
 def test_npz_with_channels_last_is_named(tmp_path: Path) -> None:

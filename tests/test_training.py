@@ -87,7 +87,7 @@ def group(name: str) -> list[str]:
 @pytest.mark.parametrize("choice", [f"{g}={n}" for g in GROUPS for n in group(g)])
 def test_every_config_composes_and_its_target_takes_its_arguments(choice, tmp_path):
     cfg = compose("train", choice, f"output={tmp_path}")
-    for name in ("data.root", "data.train", "data.test"):
+    for name in ("data.root", "data.train", "data.test", "data.name", "data.target"):
         if OmegaConf.is_missing(cfg.data, name.split(".")[1]):
             OmegaConf.update(cfg, name, str(tmp_path))
     build(cfg.data)

@@ -22,7 +22,7 @@ class Certificates:
     """The result for each sample: tensors of one length.
 
     `prediction` is −1 where logits are NaN or infinite; `margin` is f_y − max_{j≠y} f_j for the predicted y; `radius`
-    is in the norm of the pixels.
+    is in the norm of the inputs.
     """
 
     label: Tensor
@@ -59,6 +59,7 @@ def certify(
     *,
     input_shape: tuple[int, ...],
     num_classes: int,
+    input_range: tuple[float, float] | None = (0.0, 1.0),
     total: int | None = None,
     console: Console | None = None,
 ) -> tuple[Certificates, HeadSplit]:
@@ -67,7 +68,8 @@ def certify(
     The model is converted in place (`model.double().eval()`): the certified classifier is the float64 one.
 
     Args:
-        batches: (images in [0, 1], labels).
+        batches: (inputs, labels).
+        input_range: what every input must lie within; None for any finite number.
         total: number of samples, for the progress bar.
         console: where the progress bar goes; None shows none.
 
@@ -76,8 +78,8 @@ def certify(
 
     Raises:
         UnknownBoundError: a part of the model without a known bound.
-        ShapeError: images of another shape than `input_shape`, logits of another size than `num_classes`.
-        DataError: no samples, pixels that are NaN, infinite, or outside [0, 1].
+        ShapeError: inputs of another shape than `input_shape`, logits of another size than `num_classes`.
+        DataError: no samples, inputs that are NaN, infinite, or outside `input_range`.
 
     >>> from liplayers import AOLLinear
     >>> certificates, _ = certify(AOLLinear(2, 2), [(torch.rand(3, 2), torch.tensor([0, 1, 0]))],
@@ -104,9 +106,9 @@ def certify(
     with bar, torch.no_grad():
         task = bar.add_task("certify", total=total)
         done = 0
-        for images, labels in batches:
-            _check_images(images, input_shape, done)
-            logits = model(images.to(device, torch.float64)).cpu()
+        for inputs, labels in batches:
+            _check_inputs(inputs, input_shape, input_range, done)
+            logits = model(inputs.to(device, torch.float64)).cpu()
             if logits.shape[1] != num_classes:
                 raise ShapeError(f"the model has {logits.shape[1]} logits, the data {num_classes} classes")
             prediction = torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
@@ -117,21 +119,29 @@ def certify(
                 strict=True,
             ):
                 column.append(value)
-            done += len(images)
+            done += len(inputs)
             bar.update(task, completed=done)
     if not done:
         raise DataError("no samples to certify: the data set is empty")
     return Certificates(*(torch.cat(column) for column in columns)), split
 
 
-def _check_images(images: Tensor, input_shape: tuple[int, ...], done: int) -> None:
-    if tuple(images.shape[1:]) != tuple(input_shape):
+def _check_inputs(
+    inputs: Tensor, input_shape: tuple[int, ...], input_range: tuple[float, float] | None, done: int
+) -> None:
+    if tuple(inputs.shape[1:]) != tuple(input_shape):
+        images = len(input_shape) == 3
         raise ShapeError(
-            f"the images have shape {tuple(images.shape[1:])}, the model was trained on {tuple(input_shape)} "
-            f"(channels, height, width); set data.image_size or use the data set it was trained on"
+            f"the {'images' if images else 'inputs'} have shape {tuple(inputs.shape[1:])}, the model was trained on "
+            f"{tuple(input_shape)}{' (channels, height, width); set data.image_size or' if images else ';'} use the "
+            "data set it was trained on"
         )
-    wrong = ~((images >= 0) & (images <= 1))  # NaN compares false
+    low, high = input_range or (-torch.inf, torch.inf)
+    wrong = ~(inputs.isfinite() & (inputs >= low) & (inputs <= high))
     if wrong.any():
         position = wrong.nonzero()[0].tolist()
-        value = images[tuple(position)].item()
-        raise DataError(f"sample {done + position[0]}, pixel {tuple(position[1:])}: {value}; expected pixels in [0, 1]")
+        value = inputs[tuple(position)].item()
+        what, expected = (
+            ("feature", "a finite number") if input_range is None else ("pixel", f"pixels in [{low:g}, {high:g}]")
+        )
+        raise DataError(f"sample {done + position[0]}, {what} {tuple(position[1:])}: {value}; expected {expected}")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 
 import liplayers
@@ -25,17 +26,20 @@ from liplayers.errors import OutputError
 
 Radii = Sequence[float | str]
 
-ASSUMPTIONS = (
-    "l2 norm of pixels in [0, 1]; the classifier is the float64 evaluation of the model; layer bounds are proven in "
-    "exact arithmetic; the rounding of the float64 forward pass is not counted yet"
-)
+MOST_FEATURES = 20  # rows of a table of features; the report has them all
 
 
-def results_table(results: Mapping[str, Certificates], eps: Radii, title: str) -> Table:
-    """One row for each named result: clean accuracy, certified accuracy at each radius, mean radius."""
-    table = Table(
-        title=title, caption="accuracy in %, certified at l2 radius ε of pixels in [0, 1]; wrong points have R = 0"
+def assumptions(unit: str) -> str:
+    """What the certificates rest on; `unit` is what the inputs are, such as "pixels in [0, 1]"."""
+    return (
+        f"l2 norm of {unit}; the classifier is the float64 evaluation of the model; layer bounds are proven in "
+        "exact arithmetic; the rounding of the float64 forward pass is not counted yet"
     )
+
+
+def results_table(results: Mapping[str, Certificates], eps: Radii, title: str, unit: str) -> Table:
+    """One row for each named result: clean accuracy, certified accuracy at each radius, mean radius."""
+    table = Table(title=title, caption=f"accuracy in %, certified at l2 radius ε of {unit}; wrong points have R = 0")
     table.add_column("model", overflow="fold")
     for heading in ["clean", *(f"ε={e}" for e in eps), "mean R"]:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -60,6 +64,42 @@ def summary(certificates: Certificates, eps: Radii) -> dict[str, Any]:
     }
 
 
+def original_units(
+    names: Sequence[str], mean: Sequence[float], std: Sequence[float], mean_radius: float
+) -> dict[str, Any]:
+    """What a radius R of features standardised as (x − mean)/std means in their own units.
+
+    Feature j alone may change by R·std_j; an ℓ2 ball of radius R·min(std) in the original units lies within the
+    certified one.
+
+    >>> original_units(["cm"], [170.0], [10.0], 0.5)["units"]
+    [{'name': 'cm', 'mean': 170.0, 'std': 10.0, 'mean_radius_along': 5.0}]
+    """
+    return {
+        "units": [
+            {"name": name, "mean": m, "std": s, "mean_radius_along": mean_radius * s}
+            for name, m, s in zip(names, mean, std, strict=True)
+        ],
+        "radius_factor_original_l2": min(std),
+    }
+
+
+def units_table(units: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """The first features of `original_units`, one a row."""
+    more = len(units) - MOST_FEATURES
+    table = Table(
+        title=title,
+        caption="mean R along: how far this feature alone may move, in its own unit; in l2 norm of them all: R times "
+        "the least std" + (f"; {more} more features are in report.json" if more > 0 else ""),
+    )
+    table.add_column("feature", overflow="fold")
+    for heading in ("mean", "std", "mean R along"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for unit in units[:MOST_FEATURES]:
+        table.add_row(escape(unit["name"]), *(f"{unit[key]:.4g}" for key in ("mean", "std", "mean_radius_along")))
+    return table
+
+
 def environment() -> dict[str, str]:
     """Versions and machine that a result was computed with."""
     return {
@@ -72,7 +112,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def curve(results: Mapping[str, Certificates], title: str) -> Figure:
+def curve(results: Mapping[str, Certificates], title: str, unit: str) -> Figure:
     """Certified accuracy over the radius, one line for each named result."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -85,7 +125,7 @@ def curve(results: Mapping[str, Certificates], title: str) -> Figure:
         axes.step(x, y, where="post", label=f"{name} (clean {100 * certificates.clean_accuracy:.1f} %)")
         largest = max(largest, float(x[-1]))
     axes.set(
-        xlabel=r"$\ell_2$ radius $\varepsilon$, pixels in [0, 1]",
+        xlabel=rf"$\ell_2$ radius $\varepsilon$, {unit}",
         ylabel="certified accuracy (%)",
         title=title,
         xlim=(0, largest * 1.02 or 1.0),

@@ -19,7 +19,7 @@ from liplayers.checkpoint import Checkpoint, load_checkpoint, run_folder
 from liplayers.cli.configuration import build, check_config, plain, radii
 from liplayers.errors import ConfigError, UnknownNameError
 
-# what a checkpoint must not make a certification do: fetch or write files, change the images
+# what a checkpoint must not make a certification do: fetch or write files, change the inputs
 NOT_FOR_CERTIFYING: dict[str, Any] = {"download": False, "cache": None, "augment": []}
 
 console = Console()
@@ -49,7 +49,8 @@ def certify(cfg: DictConfig) -> dict[str, Any]:
         results[name], reports_by_name[name] = _certify_one(checkpoint, cfg, eps, device)
     if len({report["data"]["sha256"] for report in reports_by_name.values()}) > 1:
         raise ConfigError(f"ckpt={list(paths)}: trained for different data; certify them one at a time")
-    data_name = next(iter(reports_by_name.values()))["data"]["name"]
+    about = next(iter(reports_by_name.values()))["data"]
+    data_name, unit = about["name"], about["unit"]
     for name in checkpoints:
         title = f"{data_name} ({cfg.data.split})"
         written += reports.write_outputs(
@@ -57,18 +58,21 @@ def certify(cfg: DictConfig) -> dict[str, Any]:
             {
                 "report.json": reports.json_writer(reports_by_name[name]),
                 "certificates.csv": reports.csv_writer(results[name]),
-                "certified_accuracy.png": reports.figure_writer(reports.curve({name: results[name]}, title)),
+                "certified_accuracy.png": reports.figure_writer(reports.curve({name: results[name]}, title, unit)),
             },
         )
     samples = len(next(iter(results.values())).label)
     title = f"{data_name} ({cfg.data.split}, {samples} samples)"
     if not single:
         summaries = {name: report["results"] for name, report in reports_by_name.items()}
-        figure = reports.curve(results, title)
+        figure = reports.curve(results, title, unit)
         written += reports.write_outputs(
             output, {"comparison.json": reports.json_writer(summaries), "comparison.png": reports.figure_writer(figure)}
         )
-    console.print(reports.results_table(results, eps, title))
+    console.print(reports.results_table(results, eps, title, unit))
+    for name, report in reports_by_name.items():
+        if "units" in report:
+            console.print(reports.units_table(report["units"], f"{name} in original units"))
     for path in written:
         console.print(str(path), soft_wrap=True)
     return {name: report["results"] for name, report in reports_by_name.items()}
@@ -98,13 +102,14 @@ def _certify_one(
         data.eval_loader(cfg.data.split),
         input_shape=checkpoint.input_shape,
         num_classes=len(checkpoint.class_names),
+        input_range=data.input_range,
         total=len(split),
         console=console,
     )
     if certificates.not_finite:
         console.print(f"warning: {certificates.not_finite} samples have NaN or infinite logits; they certify nothing")
     report = {
-        "assumptions": reports.ASSUMPTIONS,
+        "assumptions": reports.assumptions(data.unit),
         "checkpoint": {
             "path": str(checkpoint.path),
             "sha256": checkpoint.sha256,
@@ -114,6 +119,7 @@ def _certify_one(
         },
         "data": {
             "name": data.name,
+            "unit": data.unit,
             "split": cfg.data.split,
             "sha256": data.fingerprint(cfg.data.split),
             "config": data_config,
@@ -128,6 +134,10 @@ def _certify_one(
         },
         "results": reports.summary(certificates, eps),
     }
+    if data.scaling is not None and data.scaling.std is not None:
+        report |= reports.original_units(
+            data.scaling.names, data.scaling.mean, data.scaling.std, certificates.mean_radius
+        )
     return certificates, report
 
 

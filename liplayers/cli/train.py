@@ -65,7 +65,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     _try_optimizer(module)
     if cfg.resume is not None:
         _check_resumable(load_checkpoint(cfg.resume), module, cfg.trainer.max_epochs)
-    stage = "val" if data.val_fraction else "train"  # without a validation split the training samples select
+    stage = "val" if data.has_validation else "train"  # without a validation split the training samples select
     monitor = f"{stage}/{certified_name(select)}"
     best = ModelCheckpoint(output / "checkpoints", "best", monitor=monitor, mode="max", enable_version_counter=False)
     trainer = _trainer(cfg, output, best, shown={f"{stage}/accuracy": "clean", monitor: f"ε={select:.3g}"})
@@ -124,7 +124,7 @@ def _trainer(cfg: DictConfig, output: Path, best: ModelCheckpoint, shown: dict[s
     last = ModelCheckpoint(checkpoints, "last", enable_version_counter=False)  # of every epoch, better or not
     callbacks: list[Callback] = [best, last, SaveWhenInterrupted(checkpoints / "interrupted.ckpt"), Throughput()]
     if cfg.trainer.enable_progress_bar:
-        callbacks.append(ProgressBar({"images/s": "images/s", **shown}))
+        callbacks.append(ProgressBar({"samples/s": "samples/s", **shown}))
     if cfg.epsilon_ramp is not None:
         callbacks.append(build(cfg.epsilon_ramp, _target_="liplayers.training.EpsilonRamp"))
     loggers = [

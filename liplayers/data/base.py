@@ -1,15 +1,11 @@
-"""What all data sets share: splits held in memory, batches that a resumed run sees again, checks on loading.
-
-Models get float32 images (C, H, W) with pixels in [0, 1]. Normalisation is a layer of the model, since it counts in
-the Lipschitz bound.
-"""
+"""What all data sets share: splits held in memory, batches that a resumed run sees again, checks on loading."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,18 +23,18 @@ Batch = tuple[Tensor, Tensor]
 # What a seed is used for; keeps the streams of one seed apart.
 _SHUFFLE, _AUGMENT = 1, 2
 
-# Images looked at together while checking or hashing, so that no second copy of a data set is ever made.
+# Samples looked at together while checking or hashing, so that no second copy of a data set is ever made.
 _CHUNK = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class Split(Dataset[Batch]):
-    """One split of a data set: images held once in memory, handed out as float32 in [0, 1].
+    """One split of a data set: inputs held once in memory, handed out as float32; uint8 as value / 255.
 
-    Indexing takes one index, a slice, or a whole list or tensor of indices, and gives (images, labels).
+    Indexing takes one index, a slice, or a whole list or tensor of indices, and gives (inputs, labels).
 
     Args:
-        store: all images kept, (N, C, H, W), uint8 in 0 … 255 or float32 in [0, 1]; shared between splits.
+        store: all inputs kept, (N, *shape), uint8 or float32; shared between splits.
         labels: int64 class indices, one for each sample of this split.
         sources: the file name of each sample of this split, or None where there are no files.
         rows: which rows of `store` belong to this split, in order; None for all.
@@ -58,23 +54,22 @@ class Split(Dataset[Batch]):
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Batch:
         rows = index if self.rows is None else self.rows[index]
-        images = self.store[rows]
-        images = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
-        return images, self.labels[index]
+        inputs = self.store[rows]
+        inputs = inputs.float().div_(255) if inputs.dtype == torch.uint8 else inputs.float()
+        return inputs, self.labels[index]
 
     @cached_property
-    def images(self) -> Tensor:
-        """The images of this split as stored (uint8 or float32); copied on first use when it shares its store."""
+    def inputs(self) -> Tensor:
+        """The inputs of this split as stored (uint8 or float32); copied on first use when it shares its store."""
         return self.store if self.rows is None else self.store[self.rows]
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        channels, height, width = self.store.shape[1:]
-        return channels, height, width
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one input."""
+        return tuple(self.store.shape[1:])
 
     def subset(self, rows: Tensor) -> Split:
-        """The samples at `rows` of this split, sharing its images."""
+        """The samples at `rows` of this split, sharing its inputs."""
         return Split(
             store=self.store,
             labels=self.labels[rows],
@@ -83,89 +78,117 @@ class Split(Dataset[Batch]):
         )
 
     def fingerprint(self) -> str:
-        """The sha256 over shape, dtype, image bytes and labels, in order."""
-        digest = hashlib.sha256(f"{(len(self), *self.image_shape)} {self.store.dtype}".encode())
+        """The sha256 over shape, dtype, input bytes and labels, in order."""
+        digest = hashlib.sha256(f"{(len(self), *self.input_shape)} {self.store.dtype}".encode())
         for start in range(0, len(self), _CHUNK):
             part = slice(start, start + _CHUNK)
-            images = self.store[part] if self.rows is None else self.store[self.rows[part]]
-            digest.update(np.ascontiguousarray(images.numpy()).data)
+            inputs = self.store[part] if self.rows is None else self.store[self.rows[part]]
+            digest.update(np.ascontiguousarray(inputs.numpy()).data)
         digest.update(np.ascontiguousarray(self.labels.numpy()).data)
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """How the features of a table were standardised: (x − mean)/std, or None where they came so.
+
+    A certified ℓ2 radius R of the standardised features lets feature j alone move by R·std_j of its own unit.
+    """
+
+    names: tuple[str, ...]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Loaded:
-    """What a data set gives its data module: both splits and the names of the classes, in label order."""
+    """What a data set gives its data module: its splits and the names of the classes, in label order.
+
+    Without `val` the module takes its validation samples from `train`.
+    """
 
     train: Split
     test: Split
     class_names: tuple[str, ...]
+    val: Split | None = None
+    scaling: Scaling | None = None
 
 
-def validate_images(
-    images: Tensor, labels: Tensor, num_classes: int, where: str, sources: Sequence[str] | None = None
+def first_wrong(inputs: Tensor, wrong: Callable[[Tensor], Tensor]) -> tuple[int, ...] | None:
+    """The index of the first element for which `wrong`, an elementwise condition, holds; None without one.
+
+    >>> first_wrong(torch.tensor([[1.0, 2.0], [3.0, torch.nan]]), torch.isnan)
+    (1, 1)
+    """
+    for start in range(0, len(inputs), _CHUNK):
+        places = wrong(inputs[start : start + _CHUNK]).nonzero()
+        if len(places):
+            sample, *rest = places[0].tolist()
+            return (start + sample, *rest)
+    return None
+
+
+def sample_name(index: int, sources: Sequence[str] | None) -> str:
+    return f"sample {index}" if sources is None else f"sample {index} ({sources[index]})"
+
+
+def validate_labels(
+    labels: Tensor, samples: int, num_classes: int, where: str, noun: str, sources: Sequence[str] | None = None
 ) -> None:
-    """Raises unless images and labels can be used as they are.
+    """Raises unless there is one label within 0 … num_classes − 1, and one source, for each of the samples.
 
     Args:
-        images: (N, C, H, W), uint8, or floating point with every pixel within [0, 1].
-        labels: (N,), integers in 0 … num_classes − 1.
+        labels: (N,), integers.
+        samples: how many there must be.
         num_classes: the number of classes.
-        where: what the images are, to begin the message with.
+        where: what the data are, to begin the message with.
+        noun: what the samples are called, such as "images".
         sources: the file of each sample, to name the offending one.
 
     Raises:
-        DataError: no samples, wrong number of dimensions, dtype, lengths, a label out of range, or a pixel that is not
-            finite or lies outside [0, 1]; the message names the first one.
-
-    >>> validate_images(torch.tensor([[[[0.5, 1.5]]]]), torch.tensor([0]), 1, "my images")
-    Traceback (most recent call last):
-    liplayers.errors.DataError: my images: sample 0 has pixel 1.5 at channel 0, row 0, column 1, outside [0, 1]; scale \
-the pixels to [0, 1], e.g. divide by 255
+        DataError: wrong dtype or length, or a label out of range; the message names the first one.
     """
-
-    def sample(index: int) -> str:
-        return f"sample {index}" if sources is None else f"sample {index} ({sources[index]})"
-
-    if images.ndim != 4:
-        raise DataError(f"{where}: images must have 4 dimensions (N, C, H, W), got shape {tuple(images.shape)}")
-    if len(images) == 0:
-        raise DataError(f"{where}: the data set is empty; at least one sample is needed")
-    if images.numel() == 0:
-        raise DataError(f"{where}: images without pixels, shape {tuple(images.shape)}")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise DataError(f"{where}: images must be uint8 (0 … 255) or floating point in [0, 1], got {images.dtype}")
     if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise DataError(f"{where}: labels must be integers (N,), got {labels.dtype} of shape {tuple(labels.shape)}")
-    if len(labels) != len(images):
-        raise DataError(f"{where}: {len(images)} images but {len(labels)} labels; give one label for each image")
-    if sources is not None and len(sources) != len(images):
-        raise DataError(f"{where}: {len(images)} images but {len(sources)} sources; give one source for each image")
-    wrong = ((labels < 0) | (labels >= num_classes)).nonzero()
-    if len(wrong):
-        first = int(wrong[0])
+    one = noun.removesuffix("s")
+    if len(labels) != samples:
+        raise DataError(f"{where}: {samples} {noun} but {len(labels)} labels; give one label for each {one}")
+    if sources is not None and len(sources) != samples:
+        raise DataError(f"{where}: {samples} {noun} but {len(sources)} sources; give one source for each {one}")
+    place = first_wrong(labels, lambda part: (part < 0) | (part >= num_classes))
+    if place is not None:
         raise DataError(
-            f"{where}: {sample(first)} has label {int(labels[first])}; labels must be within 0 … {num_classes - 1} "
-            f"({num_classes} classes)"
+            f"{where}: {sample_name(place[0], sources)} has label {int(labels[place])}; labels must be within "
+            f"0 … {num_classes - 1} ({num_classes} classes)"
         )
-    if images.dtype == torch.uint8:
-        return
-    for start in range(0, len(images), _CHUNK):
-        part = images[start : start + _CHUNK]
-        # Written so that NaN counts as bad.
-        bad = ~((part >= 0) & (part <= 1))
-        if bad.any():
-            index, channel, row, column = bad.nonzero()[0].tolist()
-            value = float(part[index, channel, row, column])
-            mend = (
-                "outside [0, 1]; scale the pixels to [0, 1], e.g. divide by 255"
-                if np.isfinite(value)
-                else "which is not finite; repair or remove the sample"
-            )
-            raise DataError(
-                f"{where}: {sample(start + index)} has pixel {value:g} at channel {channel}, row {row}, "
-                f"column {column}, {mend}"
-            )
+
+
+def validate_inputs(
+    inputs: Tensor, labels: Tensor, num_classes: int, where: str, sources: Sequence[str] | None = None
+) -> None:
+    """Raises unless inputs (N, *shape), finite floating-point numbers, and labels can be used as they are.
+
+    The arguments are those of `validate_labels`.
+
+    Raises:
+        DataError: no samples, wrong dtype or lengths, a label out of range, or an input that is not finite; the message
+            names the first one.
+
+    >>> validate_inputs(torch.tensor([[0.5, torch.inf]]), torch.tensor([0]), 1, "my table")
+    Traceback (most recent call last):
+    liplayers.errors.DataError: my table: sample 0 has inf at (1,), which is not finite; repair or remove the sample
+    """
+    if inputs.ndim < 2 or inputs.numel() == 0:
+        raise DataError(f"{where}: expected at least one sample and one feature, got shape {tuple(inputs.shape)}")
+    if not inputs.is_floating_point():
+        raise DataError(f"{where}: inputs must be floating point, got {inputs.dtype}")
+    validate_labels(labels, len(inputs), num_classes, where, "inputs", sources)
+    place = first_wrong(inputs, lambda part: ~part.isfinite())
+    if place is not None:
+        raise DataError(
+            f"{where}: {sample_name(place[0], sources)} has {inputs[place].item():g} at {place[1:]}, which is not "
+            "finite; repair or remove the sample"
+        )
 
 
 def stratified_rows(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -264,12 +287,16 @@ def _check_positive(name: str, value: int) -> None:
         raise ArgumentError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
-class ImageDataModule(lightning.LightningDataModule):
-    """Base of the data sets: images in memory, float32 in [0, 1] by the batch, labels int64.
+class DataModule(lightning.LightningDataModule):
+    """Base of the data sets: inputs of any shape in memory, float32 by the batch, labels int64.
 
-    A subclass sets `name` and implements `load`. Validation samples are taken from the training samples, in proportion
-    to the classes, by `seed`; the test samples stay untouched. After `setup()`, which loads once, there are `name`,
-    `input_shape` (C, H, W), `num_classes` and `class_names`.
+    A subclass sets `name` and `unit` and implements `load`. Validation samples are taken from the training samples, in
+    proportion to the classes, by `seed`, unless `load` gives them; the test samples stay untouched. After `setup()`,
+    which loads once, there are `name`, `input_shape`, `num_classes`, `class_names` and, for tables, `scaling`.
+
+    Attributes:
+        unit: what distances are measured in, for tables and plots, such as "standardised features".
+        input_range: the least and greatest value an input may hold; None for any finite number.
 
     Args:
         batch_size: samples in a training batch.
@@ -286,9 +313,17 @@ class ImageDataModule(lightning.LightningDataModule):
     """
 
     name: str
-    input_shape: tuple[int, int, int]
+    unit: str
+    input_range: tuple[float, float] | None = None
+    input_shape: tuple[int, ...]
     num_classes: int
     class_names: tuple[str, ...]
+    scaling: Scaling | None = None
+
+    # For messages: what the inputs are, what their axes are, and what gives a validation split.
+    _noun = "inputs"
+    _axes = ""
+    _without_val = "val_fraction=0; set data.val_fraction above 0"
 
     def __init__(
         self,
@@ -325,48 +360,66 @@ class ImageDataModule(lightning.LightningDataModule):
         if self._splits is not None:
             return
         loaded = self.load()
-        for which, split in (("train", loaded.train), ("test", loaded.test)):
-            validate_images(
-                split.store, split.labels, len(loaded.class_names), f"{self.name} {which} images", split.sources
+        splits = {"train": loaded.train, "test": loaded.test}
+        if loaded.val is not None:
+            splits["val"] = loaded.val
+        for which, split in splits.items():
+            self._validate(
+                split.inputs, split.labels, len(loaded.class_names), f"{self.name} {which} {self._noun}", split.sources
             )
-        if loaded.train.image_shape != loaded.test.image_shape:
+        if loaded.train.input_shape != loaded.test.input_shape:
             raise DataError(
-                f"{self.name}: train images are {loaded.train.image_shape} but test images {loaded.test.image_shape} "
-                "(C, H, W); both must have one shape"
+                f"{self.name}: train {self._noun} are {loaded.train.input_shape} but test {self._noun} "
+                f"{loaded.test.input_shape}{self._axes}; both must have one shape"
             )
-        self._splits = {**self._without_validation(loaded.train), "test": loaded.test}
-        self.input_shape = loaded.train.image_shape
+        if loaded.val is None and self.val_fraction > 0:
+            rest, taken = self._validation_rows(loaded.train.labels)
+            splits |= {"train": loaded.train.subset(rest), "val": loaded.train.subset(taken)}
+        self._splits = splits
+        self.input_shape = loaded.train.input_shape
         self.class_names = loaded.class_names
         self.num_classes = len(loaded.class_names)
+        self.scaling = loaded.scaling
 
-    def _without_validation(self, train: Split) -> dict[str, Split]:
-        if self.val_fraction == 0:
-            return {"train": train}
-        rest, taken = stratified_rows(train.labels, self.val_fraction, self.seed)
+    def _validate(
+        self, inputs: Tensor, labels: Tensor, num_classes: int, where: str, sources: Sequence[str] | None
+    ) -> None:
+        validate_inputs(inputs, labels, num_classes, where, sources)
+
+    def _validation_rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Which training samples stay, and which are for validation."""
+        rest, taken = stratified_rows(labels, self.val_fraction, self.seed)
         if len(rest) == 0 or len(taken) == 0:
             raise ArgumentError(
-                f"val_fraction={self.val_fraction} of {len(train)} {self.name} training samples leaves {len(rest)} to "
+                f"val_fraction={self.val_fraction} of {len(labels)} {self.name} training samples leaves {len(rest)} to "
                 f"train on and {len(taken)} to validate on; change data.val_fraction (0: no validation)"
             )
-        return {"train": train.subset(rest), "val": train.subset(taken)}
+        return rest, taken
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a split "val"."""
+        self.setup()
+        assert self._splits is not None
+        return "val" in self._splits
 
     def split(self, which: str) -> Split:
         """The split "train", "val" or "test".
 
         Raises:
             UnknownNameError: any other name.
-            ArgumentError: "val" with `val_fraction=0`.
+            ArgumentError: "val" where there is none.
         """
         if which not in ("train", "val", "test"):
             raise UnknownNameError.of("split", which, ("train", "val", "test"))
         self.setup()
         assert self._splits is not None
         if which not in self._splits:
-            raise ArgumentError(f"{self.name} has no split 'val' since val_fraction=0; set data.val_fraction above 0")
+            raise ArgumentError(f"{self.name} has no split 'val' since {self._without_val}")
         return self._splits[which]
 
     def fingerprint(self, which: str) -> str:
-        """The sha256 of a split over shape, dtype, image bytes and labels: what a report names its data by."""
+        """The sha256 of a split over shape, dtype, input bytes and labels: what a report names its data by."""
         return self.split(which).fingerprint()
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -391,8 +444,8 @@ class ImageDataModule(lightning.LightningDataModule):
         return DataLoader(split, sampler=sampler, batch_size=None, collate_fn=_as_is)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
-        """The validation samples; no loader at all with `val_fraction=0`, which Lightning takes as no validation."""
-        return self.eval_loader("val") if self.val_fraction > 0 else []
+        """The validation samples; no loader at all without any, which Lightning takes as no validation."""
+        return self.eval_loader("val") if self.has_validation else []
 
     def test_dataloader(self) -> DataLoader[Batch]:
         return self.eval_loader("test")
@@ -401,21 +454,21 @@ class ImageDataModule(lightning.LightningDataModule):
         trainer = self.trainer
         if trainer is None or not trainer.training or not self.augment:
             return batch
-        images, labels = batch
+        inputs, labels = batch
         # Batches rather than optimiser steps: under gradient accumulation several batches share a step.
         seen = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        return self.augmented(images, seen, trainer.global_rank), labels
+        return self.augmented(inputs, seen, trainer.global_rank), labels
 
-    def augmented(self, images: Tensor, batch: int, rank: int = 0) -> Tensor:
-        """The images as the training batch of that number would see them, on the process of that rank."""
+    def augmented(self, inputs: Tensor, batch: int, rank: int = 0) -> Tensor:
+        """The inputs as the training batch of that number would see them, on the process of that rank."""
         seed = _mixed_seed(self.seed, _AUGMENT, rank, batch)
         generator = torch.Generator().manual_seed(seed)
         for position, module in enumerate(self.augment):
             if _takes_generator(module):
-                images = module(images, generator=generator)
+                inputs = module(inputs, generator=generator)
                 continue
-            devices = [images.device] if images.device.type == "cuda" else []
+            devices = [inputs.device] if inputs.device.type == "cuda" else []
             with torch.random.fork_rng(devices):
                 torch.manual_seed(_mixed_seed(seed, position))
-                images = module(images)
-        return images
+                inputs = module(inputs)
+        return inputs

@@ -8,7 +8,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from liplayers.data.base import ImageDataModule, Loaded, Split, stratified_rows
+from liplayers.data.base import Loaded, Split, stratified_rows
+from liplayers.data.images import ImageDataModule
 
 # Fixed apart from the user's seed, so that figures on the test split compare across runs.
 _TEST_SEED = 20240229
@@ -19,7 +20,7 @@ class Digits(ImageDataModule):
     """scikit-learn's digits: 1 × 8 × 8 in 17 grey levels (value / 16, float32), ten classes.
 
     One fifth, in proportion to the classes, is the test split; always the same one. Arguments are those of
-    `ImageDataModule`.
+    `DataModule`.
 
     >>> data = Digits(val_fraction=0.1)
     >>> data.setup()

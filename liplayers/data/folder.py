@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from liplayers.data.base import ImageDataModule, Loaded, Split
+from liplayers.data.base import Loaded, Split
+from liplayers.data.images import ImageDataModule
 from liplayers.errors import ArgumentError, DataError, DataNotFoundError, OutputError
 
 _EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -271,7 +272,7 @@ class ImageFolderData(ImageDataModule):
         test: the name of the folder of test images under `root`.
         cache: a folder for the decoded images; None to decode each time.
 
-    The other arguments are those of `ImageDataModule`.
+    The other arguments are those of `DataModule`.
 
     Raises:
         ArgumentError: an argument out of range.

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from liplayers.data.base import ImageDataModule, Loaded, Split
+from liplayers.data.base import Loaded, Split
+from liplayers.data.images import ImageDataModule
 from liplayers.errors import DataError, DataNotFoundError
 
 # A label above both this and the number of samples is taken for a mistake, not for so many classes.
@@ -95,7 +96,7 @@ class NpzData(ImageDataModule):
         train: the file of training samples.
         test: the file of test samples.
 
-    The other arguments are those of `ImageDataModule`.
+    The other arguments are those of `DataModule`.
 
     Raises:
         DataNotFoundError: from `setup`, when a file is absent.

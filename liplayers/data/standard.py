@@ -13,7 +13,8 @@ from torch import nn
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 
-from liplayers.data.base import ImageDataModule, Loaded, Split
+from liplayers.data.base import Loaded, Split
+from liplayers.data.images import ImageDataModule
 from liplayers.errors import DataError, DataNotFoundError
 
 # What torchvision's readers raise on files that are not what they should be.
@@ -100,7 +101,7 @@ class MNIST(_TorchvisionData):
         root: the folder that holds `MNIST/raw/train-images-idx3-ubyte` and the other three files.
         download: fetch the files when they are absent.
 
-    The other arguments are those of `ImageDataModule`.
+    The other arguments are those of `DataModule`.
 
     Raises:
         DataNotFoundError: from `setup`, when files are absent.
@@ -176,7 +177,7 @@ class CIFAR10(_CIFAR):
         root: the folder that holds `cifar-10-batches-py/data_batch_1` and the other six files.
         download: fetch the files when they are absent or damaged.
 
-    The other arguments are those of `ImageDataModule`.
+    The other arguments are those of `DataModule`.
 
     Raises:
         DataNotFoundError: from `setup`, when files are absent.
@@ -199,7 +200,7 @@ class CIFAR100(_CIFAR):
         root: the folder that holds `cifar-100-python/train`, `test` and `meta`.
         download: fetch the files when they are absent or damaged.
 
-    The other arguments are those of `ImageDataModule`.
+    The other arguments are those of `DataModule`.
 
     Raises:
         DataNotFoundError: from `setup`, when files are absent.

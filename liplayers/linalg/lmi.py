@@ -115,7 +115,7 @@ def ldlt_weights(
     sector: Sector,
     skip: bool,
 ) -> ExplicitWeights:
-    """Weights that satisfy the inequality, by a block LDLᵀ factorisation; every set of weights that is strict is reached.
+    """Weights that satisfy the inequality, by a block LDLᵀ factorisation; all that satisfy it strictly are reached.
 
     The form without |A x + B w_n|² is positive definite, as it exceeds that square. It is block tridiagonal in x, w_1
     and so on, and the pivot of its block l is P_l = F_l⁻ᵀF_l⁻¹ before C_{l+1} enters. With X = V R⁻ᵀ the strict

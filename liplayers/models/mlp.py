@@ -21,15 +21,15 @@ def mlp(
     depth: int = 3,
     activation: str | Callable[[], nn.Module] = "maxmin",
     head: LayerChoice = "normalized",
-    mean: float = 0.5,
+    mean: float | None = 0.5,
 ) -> nn.Sequential:
     """`depth` dense layers of `width` with an activation after each, then a linear head.
 
     Args:
-        input_shape: (channels, height, width) of one image.
+        input_shape: (channels, height, width) of one image, (features,) of one row of a table, or any other.
         linear: a family's name or a layer class with nn.Linear's signature.
         head: "normalized", "linear", or a family's name.
-        mean: subtracted from each pixel first.
+        mean: subtracted from each pixel or feature first; None for nothing, as for standardised features.
 
     Raises:
         UnknownNameError: a layer, activation or head of unknown name.
@@ -44,8 +44,9 @@ def mlp(
     for _ in range(depth):
         body += [layer(features, width), get_activation(activation)]
         features = width
+    preprocess = {} if mean is None else {"preprocess": centring(input_shape, mean)}
     return sequence(
-        preprocess=centring(input_shape, mean),
+        **preprocess,
         flatten=nn.Flatten(),
         body=nn.Sequential(*body),
         head=make_head(head, features, num_classes),

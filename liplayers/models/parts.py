@@ -18,7 +18,7 @@ Shape3d = tuple[int, int, int]
 
 
 def centring(input_shape: Sequence[int], mean: float) -> nn.Module:
-    """Subtract `mean` from each pixel; a shift does not change the Lipschitz constant."""
+    """Subtract `mean` from each pixel or feature; a shift does not change the Lipschitz constant."""
     channels = input_shape[0]
     return Normalize([mean] * channels, [1.0] * channels)
 
@@ -39,13 +39,16 @@ def image_shape(input_shape: Sequence[int]) -> Shape3d:
     """`input_shape` as (channels, height, width), or an ArgumentError."""
     shape = tuple(int(n) for n in input_shape)
     if len(shape) != 3 or min(shape) < 1:
-        raise ArgumentError(f"input_shape={shape}: expected (channels, height, width)")
+        raise ArgumentError(f"input_shape={shape}: expected (channels, height, width); model=mlp takes any shape")
     return shape
 
 
 def flat_size(input_shape: Sequence[int]) -> int:
-    """The number of pixels."""
-    return math.prod(image_shape(input_shape))
+    """The number of features of an input of any shape."""
+    shape = tuple(int(n) for n in input_shape)
+    if not shape or min(shape) < 1:
+        raise ArgumentError(f"input_shape={shape}: expected at least one size, each at least 1")
+    return math.prod(shape)
 
 
 def sequence(**modules: nn.Module) -> nn.Sequential:

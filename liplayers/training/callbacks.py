@@ -16,7 +16,7 @@ from liplayers.losses import MarginLoss
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar with images per second and the validation metrics under short names, fit for 80 columns.
+    """Lightning's bar with samples per second and the validation metrics under short names, fit for 80 columns.
 
     Args:
         metrics: name of a logged metric → the name it is shown under.
@@ -78,24 +78,24 @@ class SaveWhenInterrupted(L.Callback):
 
 
 class Throughput(L.Callback):
-    """Logs the training throughput in images per second, on the progress bar and for each epoch."""
+    """Logs the training throughput in samples per second, on the progress bar and for each epoch."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start, self._images = time.perf_counter(), 0  # a run that resumes within an epoch does not start one
+        self._start, self._samples = time.perf_counter(), 0  # a run that resumes within an epoch does not start one
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start, self._images = time.perf_counter(), 0
+        self._start, self._samples = time.perf_counter(), 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._images += len(batch[0])
-        rate = self._images / (time.perf_counter() - self._start)
-        pl_module.log("images/s", rate, prog_bar=True, on_step=True, on_epoch=False, logger=False)
+        self._samples += len(batch[0])
+        rate = self._samples / (time.perf_counter() - self._start)
+        pl_module.log("samples/s", rate, prog_bar=True, on_step=True, on_epoch=False, logger=False)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        rate = self._images / (time.perf_counter() - self._start)
-        pl_module.log("train/images_per_second", rate)
+        rate = self._samples / (time.perf_counter() - self._start)
+        pl_module.log("train/samples_per_second", rate)
 
 
 class EpsilonRamp(L.Callback):

@@ -43,7 +43,7 @@ class CertifiedClassifier(L.LightningModule):
         loss: forward(logits, target), or a `MarginLoss`.
         optimizer: parameters → optimizer.
         schedule: (optimizer, total_steps) → scheduler that is stepped after every batch.
-        input_shape: of one image.
+        input_shape: of one input.
         class_names: in the order of the logits.
         eps: radii to log certified accuracy at.
         config: what rebuilds the model; plain containers, kept in each checkpoint.
@@ -105,11 +105,11 @@ class CertifiedClassifier(L.LightningModule):
         return self._step(batch, "test")
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
-        images, labels = batch
+        inputs, labels = batch
         if stage == "train" and self.bound_moves:
             self._refresh_bound()
         with cached():
-            logits = self.model(images)
+            logits = self.model(inputs)
             constants = self.split[0].margin_lipschitz(logits.shape[1]).to(logits.device)
         extra = (constants,) if isinstance(self.loss, MarginLoss) else ()
         loss = self.loss(logits, labels, *extra)

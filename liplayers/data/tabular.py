@@ -1,0 +1,544 @@
+"""Tabular data: the UCI benchmark folders with their folds, and CSV or parquet files with a target column."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+from pyarrow import parquet
+from torch import Tensor, nn
+
+from liplayers.data.base import DataModule, Loaded, Scaling, Split, stratified_rows
+from liplayers.errors import ArgumentError, DataError, DataNotFoundError, UnknownNameError
+
+Label = str | int | float
+
+_UNIT = "standardised features"
+
+# Fixed apart from the user's seed, so that figures on the test rows compare across runs.
+_TEST_SEED = 20240229
+
+# What infer_dtype calls columns that become numbers; "empty" has missing values only, which are told apart.
+_NUMBERS = ("boolean", "integer", "floating", "mixed-integer-float", "integer-na", "empty")
+
+
+@dataclass(frozen=True, eq=False)
+class UCISet:
+    """One UCI classification set with its folds.
+
+    Args:
+        name: of the set.
+        features: float32 (N, d), standardised by those who prepared the files.
+        labels: int64 (N,), each class 0 … K − 1 at least once.
+        test: bool (N, folds), the test rows of each fold; folds are drawn independently and overlap.
+        validation: bool (N, folds), the validation rows; never test rows of the same fold.
+        class_names: the class numbers as text.
+
+    Source: Fernández-Delgado et al., Do we need hundreds of classifiers …?, JMLR 15, 2014; folds of Klambauer et al.
+    2017, arXiv 1706.02515.
+    """
+
+    name: str
+    features: Tensor
+    labels: Tensor
+    test: Tensor
+    validation: Tensor
+    class_names: tuple[str, ...]
+
+
+def uci_names(root: str | Path) -> tuple[str, ...]:
+    """The sets under `root`, sorted.
+
+    Args:
+        root: the folder that holds the folders of the sets, or its parent when that folder is called `uci121`.
+
+    Raises:
+        DataNotFoundError: no such folder, or no set in it.
+    """
+    return tuple(sorted(_uci_folders(root)))
+
+
+def read_uci(root: str | Path, name: str) -> UCISet:
+    """Reads `<name>/{<name>_py,labels_py,folds_py,validation_folds_py}.dat`: comma separated, without a header.
+
+    Rows and columns in messages count from 1, as lines of a file do.
+
+    Args:
+        root: as for `uci_names`.
+        name: of the set.
+
+    Raises:
+        UnknownNameError: no set of that name.
+        DataNotFoundError: no such folder, or a file of the set is absent.
+        DataError: a file that is not a table of finite numbers, files of different lengths, labels that are not
+            0 … K − 1 with K ≥ 2, folds that are not 0 or 1, overlap, or leave nothing to train or test on.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp(), "toy")
+    >>> folder.mkdir()
+    >>> tables = {"toy": "0.5,1 -1,2 0,3", "labels": "0 1 1", "folds": "1 0 0", "validation_folds": "0 0 1"}
+    >>> for key, rows in tables.items():
+    ...     _ = (folder / f"{key}_py.dat").write_text(rows.replace(" ", "\\n"))
+    >>> uci_names(folder.parent), read_uci(folder.parent, "toy").labels
+    (('toy',), tensor([0, 1, 1]))
+    """
+    folders = _uci_folders(root)
+    if name not in folders:
+        raise UnknownNameError.of(f"UCI set in {root}", name, folders)
+    folder = folders[name]
+    features = _read_features(folder / f"{name}_py.dat")
+    labels = _read_labels(folder / "labels_py.dat", len(features))
+    test = _read_marks(folder / "folds_py.dat", len(features))
+    validation = _read_marks(folder / "validation_folds_py.dat", len(features))
+    _check_folds(folder, test, validation)
+    return UCISet(
+        name=name,
+        features=torch.from_numpy(features),
+        labels=torch.from_numpy(labels),
+        test=torch.from_numpy(test),
+        validation=torch.from_numpy(validation),
+        class_names=tuple(str(label) for label in range(labels.max() + 1)),
+    )
+
+
+def _uci_folders(root: str | Path) -> dict[str, Path]:
+    root = Path(root)
+    if not root.is_dir():
+        raise DataNotFoundError(f"UCI data: no folder {root}; set data.root to the folder that holds the sets' folders")
+    holder = root / "uci121" if (root / "uci121").is_dir() else root
+    folders = {path.parent.name: path.parent for path in holder.glob("*/*_py.dat")}
+    if not folders:
+        raise DataNotFoundError(f"UCI data: no <set>/<set>_py.dat in {holder}; unpack the sets there or set data.root")
+    return folders
+
+
+def _read_numbers(path: Path) -> np.ndarray:
+    """The finite numbers (N, d) of a comma-separated file, float64."""
+    if not path.is_file():
+        raise DataNotFoundError(f"UCI data: no file {path}; unpack the set again")
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"UCI data: {path} cannot be read as text ({reason}); unpack the set again") from None
+    if not lines:
+        raise DataError(f"UCI data: {path} is empty; expected comma-separated numbers")
+    cells = [line.split(",") for line in lines]
+    for row, line in enumerate(cells):
+        if len(line) != len(cells[0]):
+            raise DataError(
+                f"UCI data: {path}, row {row + 1} has {len(line)} columns, row 1 has {len(cells[0])}; every row must "
+                "have as many"
+            )
+    try:
+        values = np.array(cells, dtype=np.float64)
+    except ValueError:
+        row, column = next((i, j) for i, line in enumerate(cells) for j, cell in enumerate(line) if not _number(cell))
+        raise DataError(
+            f"UCI data: {path}, row {row + 1}, column {column + 1}: {cells[row][column][:40]!r} is not a number"
+        ) from None
+    _refuse(path, ~np.isfinite(values), cells, "a finite number")
+    return values
+
+
+def _number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _refuse(path: Path, wrong: np.ndarray, cells: object, expected: str) -> None:
+    """Raises for the first row and column that is `wrong`."""
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        value = np.asarray(cells)[row, column]
+        raise DataError(f"UCI data: {path}, row {row + 1}, column {column + 1}: {value} is not {expected}")
+
+
+def _read_features(path: Path) -> np.ndarray:
+    values = _read_numbers(path)
+    with np.errstate(over="ignore"):
+        features = values.astype(np.float32)
+    _refuse(path, ~np.isfinite(features), values, "within the range of float32")
+    return features
+
+
+def _check_length(path: Path, values: np.ndarray, samples: int) -> None:
+    if len(values) != samples:
+        raise DataError(f"UCI data: {path} has {len(values)} rows, the features {samples}; expected one row for each")
+
+
+def _read_labels(path: Path, samples: int) -> np.ndarray:
+    values = _read_numbers(path)
+    _check_length(path, values, samples)
+    if values.shape[1] != 1:
+        raise DataError(f"UCI data: {path} has {values.shape[1]} columns; expected one, the labels")
+    _refuse(path, (values < 0) | (values % 1 != 0), values, "a class number 0, 1, 2, …")
+    # More classes than rows is a gap, too; told before anything of that size is made.
+    _refuse(path, values >= samples, values, f"a class number below the number of rows, {samples}")
+    labels = values[:, 0].astype(np.int64)
+    counts = np.bincount(labels)
+    if len(counts) < 2:
+        raise DataError(f"UCI data: {path}, column 1 holds the class 0 only; a classifier needs at least two")
+    if not counts.all():
+        raise DataError(
+            f"UCI data: {path}, column 1 has no row of class {counts.argmin()}, but of class {len(counts) - 1}; "
+            "number the classes from 0 without gaps"
+        )
+    return labels
+
+
+def _read_marks(path: Path, samples: int) -> np.ndarray:
+    values = _read_numbers(path)
+    _check_length(path, values, samples)
+    _refuse(path, (values != 0) & (values != 1), values, "0 or 1")
+    return values.astype(bool)
+
+
+def _check_folds(folder: Path, test: np.ndarray, validation: np.ndarray) -> None:
+    tests, validations = folder / "folds_py.dat", folder / "validation_folds_py.dat"
+    if test.shape != validation.shape:
+        raise DataError(
+            f"UCI data: {validations} has {validation.shape[1]} columns, {tests} has {test.shape[1]}; expected one for "
+            "each fold"
+        )
+    both = test & validation
+    if both.any():
+        row, column = np.argwhere(both)[0]
+        raise DataError(
+            f"UCI data: row {row + 1}, column {column + 1} is 1 in {tests} and in {validations}; a row is for test or "
+            "for validation"
+        )
+    for kind, empty in (("test", ~test.any(0)), ("training", (test | validation).all(0))):
+        if empty.any():
+            fold = int(empty.argmax())
+            raise DataError(f"UCI data: {tests}, column {fold + 1}: no {kind} rows are left in fold {fold}")
+
+
+class UCIData(DataModule):
+    """A fold of a UCI set, in the folders of `read_uci`: official test rows, official validation rows, the rest trains.
+
+    The features are taken as they are: they come standardised, on the whole set or on its training part.
+
+    Args:
+        name: of the set.
+        root: the folder that holds the folders of the sets, or its parent when that folder is called `uci121`.
+        fold: which column of the files, from 0.
+        validation: whether to hold out the validation rows; False trains on them.
+        batch_size, eval_batch_size, augment, seed: as for `DataModule`.
+
+    Raises:
+        ArgumentError: an argument out of range.
+        UnknownNameError, DataNotFoundError, DataError: from `setup`, as from `read_uci`; a fold that is not there or
+            has no validation rows.
+    """
+
+    unit = _UNIT
+
+    _without_val = "validation=false; set data.validation=true"
+
+    def __init__(
+        self,
+        name: str,
+        root: str | Path,
+        fold: int = 0,
+        validation: bool = True,
+        *,
+        batch_size: int = 256,
+        eval_batch_size: int = 1000,
+        augment: Sequence[nn.Module] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size, eval_batch_size=eval_batch_size, val_fraction=0, augment=augment, seed=seed
+        )
+        if isinstance(fold, bool) or not isinstance(fold, int) or fold < 0:
+            raise ArgumentError(f"fold must be an integer of at least 0, got {fold!r}")
+        if not isinstance(validation, bool):
+            raise ArgumentError(f"validation must be true or false, got {validation!r}")
+        self.name = name
+        self.root = Path(root)
+        self.fold = fold
+        self.validation = validation
+
+    def load(self) -> Loaded:
+        data = read_uci(self.root, self.name)
+        folds = data.test.shape[1]
+        if self.fold >= folds:
+            raise ArgumentError(f"fold={self.fold}: {self.name} has the folds 0 … {folds - 1}; set data.fold")
+        test, validation = data.test[:, self.fold], data.validation[:, self.fold]
+        if self.validation and not validation.any():
+            raise DataError(
+                f"UCI data: fold {self.fold} of {self.name} has no validation rows; set data.validation=false"
+            )
+        val = Split(data.features[validation], data.labels[validation]) if self.validation else None
+        train = ~(test | validation) if self.validation else ~test
+        return Loaded(
+            train=Split(data.features[train], data.labels[train]),
+            test=Split(data.features[test], data.labels[test]),
+            class_names=data.class_names,
+            val=val,
+            scaling=Scaling(tuple(str(number + 1) for number in range(data.features.shape[1]))),
+        )
+
+
+class TableData(DataModule):
+    """A `.csv` (with a header) or `.parquet` file with a target column; the other columns are the features.
+
+    Each feature is standardised, (x − mean)/std, by the mean and the population standard deviation of the training
+    rows, without those held out, in float64; they stand in `scaling` after `setup`. Booleans count 0 and 1. Classes are
+    the sorted distinct labels of the file. A certified ℓ2 radius R of the standardised features means: feature j alone
+    may change by R·std_j of its own unit, and all together by R·min std in ℓ2 norm of the original units.
+
+    Rows in messages count from 1 at the first one below the header. What pandas reads as missing in a CSV file (an
+    empty cell, NA, null, None, …) is missing here, in labels, too.
+
+    Args:
+        train: the file of training rows.
+        target: the column of the labels: text, booleans or whole numbers.
+        test: the file of test rows, with the same columns in any order; None takes them from `train`.
+        test_fraction: without `test`, the share of rows to test on, in (0, 1); the same rows for every `seed`.
+        features: the columns to use, in this order; None takes all but the target.
+        batch_size, eval_batch_size, val_fraction, augment, seed: as for `DataModule`.
+
+    Raises:
+        ArgumentError: an argument out of range, or fractions that leave nothing to train, validate or test on.
+        UnknownNameError: from `setup`, a target or feature that is no column.
+        DataNotFoundError: from `setup`, when a file is absent.
+        DataError: from `setup`, a file that cannot be read, has no rows, unnamed or duplicate columns, or columns other
+            than the training file; a feature that is not a number, missing, infinite, or constant on the training rows;
+            labels that are missing, of one class only, or unknown to the training file.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "heights.csv")
+    >>> _ = path.write_text("cm,kind\\n" + "".join(f"{150 + i},{'tall' if i > 9 else 'short'}\\n" for i in range(20)))
+    >>> data = TableData(path, "kind", val_fraction=0)
+    >>> data.setup()
+    >>> data.input_shape, data.class_names, data.scaling.names, len(data.split("test"))
+    ((1,), ('short', 'tall'), ('cm',), 4)
+    """
+
+    unit = _UNIT
+
+    def __init__(
+        self,
+        train: str | Path,
+        target: str,
+        test: str | Path | None = None,
+        test_fraction: float = 0.2,
+        features: Sequence[str] | None = None,
+        *,
+        batch_size: int = 256,
+        eval_batch_size: int = 1000,
+        val_fraction: float = 0.1,
+        augment: Sequence[nn.Module] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_fraction=val_fraction,
+            augment=augment,
+            seed=seed,
+        )
+        if isinstance(test_fraction, bool) or not isinstance(test_fraction, int | float) or not 0 < test_fraction < 1:
+            raise ArgumentError(f"test_fraction must be a number within (0, 1), got {test_fraction!r}")
+        if features is not None:
+            if isinstance(features, str) or not features or len(set(features)) < len(features):
+                raise ArgumentError(f"features must be a list of distinct column names, got {features!r}")
+            if target in features:
+                raise ArgumentError(f"features={list(features)}: {target!r} is the target; leave it out")
+        self.train = Path(train)
+        self.target = target
+        self.test = None if test is None else Path(test)
+        self.test_fraction = test_fraction
+        self.features = None if features is None else tuple(features)
+        self.name = self.train.stem
+
+    def load(self) -> Loaded:
+        table = _read_table(self.train)
+        names = self._feature_names(table)
+        values, targets = _feature_values(self.train, table[names]), _targets(self.train, table[self.target])
+        number = {label: index for index, label in enumerate(sorted(set(targets)))}
+        if len(number) < 2:
+            raise DataError(
+                f"table: {self.train}, target column {self.target!r} has the class {targets[0]!r} only; a classifier "
+                "needs at least two"
+            )
+        labels = torch.tensor([number[target] for target in targets])
+        if self.test is None:
+            train, test = self._test_rows(labels)
+            test_values, test_labels = values[test], labels[test]
+            values, labels = values[train], labels[train]
+        else:
+            table = _read_table(self.test)
+            self._check_columns(table, names)
+            test_values = _feature_values(self.test, table[names])
+            test_labels = self._test_labels(_targets(self.test, table[self.target]), number)
+        rest, taken = self._validation_rows(labels) if self.val_fraction > 0 else (torch.arange(len(labels)), None)
+        mean, std = _mean_and_std(self.train, names, values[rest])
+
+        def split(values: np.ndarray, labels: Tensor) -> Split:
+            # Overflow to infinity is reported afterwards, with its place.
+            with np.errstate(over="ignore"):
+                return Split(torch.from_numpy(((values - mean) / std).astype(np.float32)), labels)
+
+        return Loaded(
+            train=split(values[rest], labels[rest]),
+            test=split(test_values, test_labels),
+            class_names=tuple(str(label) for label in number),
+            val=None if taken is None else split(values[taken], labels[taken]),
+            scaling=Scaling(tuple(names), tuple(mean.tolist()), tuple(std.tolist())),
+        )
+
+    def _feature_names(self, table: pd.DataFrame) -> list[str]:
+        if self.target not in table:
+            raise UnknownNameError.of(f"target column in {self.train}", self.target, table)
+        names = [name for name in table if name != self.target] if self.features is None else list(self.features)
+        for name in names:
+            if name not in table:
+                raise UnknownNameError.of(f"feature column in {self.train}", name, table)
+        if not names:
+            raise DataError(f"table: {self.train} has no column but the target {self.target!r}; add features")
+        return names
+
+    def _check_columns(self, table: pd.DataFrame, names: list[str]) -> None:
+        used = {self.target, *names}
+        lacking = sorted(used - set(table))
+        extra = sorted(set(table) - used) if self.features is None else []
+        if lacking or extra:
+            differences = [f"no {', '.join(lacking)}"] * bool(lacking) + [f"also {', '.join(extra)}"] * bool(extra)
+            raise DataError(
+                f"table: {self.test} has {' and '.join(differences)}, unlike {self.train}; give both the same columns"
+            )
+
+    def _test_labels(self, targets: list[Label], number: dict[Label, int]) -> Tensor:
+        for row, target in enumerate(targets):
+            if target not in number:
+                raise DataError(
+                    f"table: {self.test}, target column {self.target!r} is {target!r} in row {row + 1}, which is no "
+                    f"class of {self.train}; remove the row or train on such rows"
+                )
+        return torch.tensor([number[target] for target in targets])
+
+    def _test_rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        train, test = stratified_rows(labels, self.test_fraction, _TEST_SEED)
+        if len(train) == 0 or len(test) == 0:
+            raise ArgumentError(
+                f"test_fraction={self.test_fraction} of {len(labels)} rows leaves {len(train)} to train on and "
+                f"{len(test)} to test on; change data.test_fraction or give data.test"
+            )
+        return train, test
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """The table in a file: at least one row, columns with distinct names."""
+    if not path.is_file():
+        raise DataNotFoundError(f"table: no file {path}; set data.train and data.test to .csv or .parquet files")
+    readers = {".csv": _read_csv, ".parquet": _read_parquet}
+    if path.suffix.lower() not in readers:
+        raise DataError(f"table: {path} is neither .csv nor .parquet; save it as one of these")
+    try:
+        table = readers[path.suffix.lower()](path)
+    except DataError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"table: {path} cannot be read ({' '.join(str(error).split())})") from None
+    table.columns = table.columns.map(str)
+    if table.empty:
+        raise DataError(f"table: {path} has no rows")
+    return table
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    # The header on its own: pandas would make up names and rename duplicates.
+    header = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False)
+    _check_header(path, header.iloc[0].tolist())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:
+            return pd.read_csv(path, low_memory=False, index_col=False)
+        except pd.errors.ParserWarning:
+            raise DataError(f"table: {path} has more columns than its header has names; name every column") from None
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    table = parquet.ParquetFile(path).read()
+    _check_header(path, table.column_names)
+    return table.to_pandas()
+
+
+def _check_header(path: Path, names: list[str]) -> None:
+    for column, name in enumerate(names):
+        if not name.strip():
+            raise DataError(
+                f"table: {path}, column {column + 1} has no name; name it, or save without the row numbers "
+                "(index=False in pandas)"
+            )
+        if name in names[:column]:
+            raise DataError(
+                f"table: {path}, columns {names.index(name) + 1} and {column + 1} are both called {name!r}; rename one"
+            )
+
+
+def _feature_values(path: Path, table: pd.DataFrame) -> np.ndarray:
+    """The finite numbers (N, d), float64."""
+    for name in table:
+        kind = pd.api.types.infer_dtype(table[name], skipna=True)
+        if kind not in _NUMBERS:
+            raise DataError(
+                f"table: {path}, column {name!r} holds {kind} values, not numbers; one-hot encode it or leave it out "
+                "with data.features=[…]"
+            )
+    values = np.stack([table[name].to_numpy(np.float64, na_value=np.nan) for name in table], axis=1)
+    wrong = np.argwhere(~np.isfinite(values))
+    if len(wrong):
+        row, column = wrong[0]
+        found = "is missing" if np.isnan(values[row, column]) else f"is {values[row, column]}, not finite"
+        raise DataError(
+            f"table: {path}, row {row + 1}, column {table.columns[column]!r} {found}; repair or remove the row, or "
+            "leave the column out with data.features=[…]"
+        )
+    return values
+
+
+def _targets(path: Path, column: pd.Series) -> list[Label]:
+    """The label of each row."""
+    where = f"table: {path}, target column {column.name!r}"
+    missing = np.flatnonzero(column.isna())
+    if len(missing):
+        raise DataError(f"{where} is missing in row {missing[0] + 1}; label the row or remove it")
+    targets = column.tolist()
+    kinds = {type(target) for target in targets}
+    if not (kinds <= {str} or kinds <= {bool, int, float}):
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise DataError(f"{where} holds values of type {names}; expected text, booleans or whole numbers")
+    for row, target in enumerate(targets):
+        if isinstance(target, float) and not target.is_integer():
+            raise DataError(
+                f"{where} is {target} in row {row + 1}, which is no class; expected text, booleans or whole numbers"
+            )
+    return targets
+
+
+def _mean_and_std(path: Path, names: list[str], values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and population standard deviation of the training rows (N, d)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, std = values.mean(0), values.std(0)
+    # Rounding leaves some spread where all values are one.
+    std[values.min(0) == values.max(0)] = 0
+    wrong = [f"{name!r} ({spread:g})" for name, spread in zip(names, std, strict=True) if not 0 < spread < np.inf]
+    if wrong:
+        raise DataError(
+            f"table: {path}, the standard deviation on the {len(values)} training rows must be above 0 and finite, but "
+            f"is not for {', '.join(wrong)}; leave constant columns out with data.features=[…]"
+        )
+    return mean, std
