@@ -124,7 +124,7 @@ def train_to_exceed(module: nn.Module, input_shape: tuple[int, ...], steps: int 
         quotients = (module(x + h) - module(x)).flatten(1).norm(dim=1) / h.flatten(1).norm(dim=1)
         largest = max(largest, quotients.max().item())
         optimizer.zero_grad()
-        (-quotients.log().sum()).backward()
+        (-quotients.clamp_min(1e-30).log().sum()).backward()  # dead units map to one point
         optimizer.step()
     return largest
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from liplayers.linalg.norms import frobenius_norm, unit_scale
+from liplayers.linalg.norms import frobenius_norm, gram_iteration_bound, unit_scale
 from liplayers.linalg.orthogonal import to_double
 
 
@@ -68,16 +68,14 @@ class ExplicitWeights(NamedTuple):
         return ExplicitWeights(tuple(C * r for C in self.inner), self.outgoing * r, skip, self.multipliers)
 
 
-# Beyond this norm (on average over the shorter side) the 1 in VᴴV + I is lost to the conditions of the factorisations.
-LARGEST = 300.0
+LARGEST = 1e3  # norm of V beyond which the 1 in VᴴV + I would be lost to rounding in float64
 
 
 def limited(V: Tensor) -> Tensor:
-    """V in float64, shortened to a Frobenius norm of `LARGEST`·√(shorter side) where it is longer."""
+    """V in float64, shortened to a Frobenius norm of `LARGEST` where it is longer."""
     K, scale = unit_scale(to_double(V))
-    limit = LARGEST * math.sqrt(min(V.shape[-2:])) / scale
-    norm = frobenius_norm(K)[..., None, None]
-    return K * (limit / torch.maximum(norm, limit)) * scale
+    norm = frobenius_norm(K)[..., None, None] * scale
+    return K * (scale * LARGEST / norm.clamp_min(LARGEST))
 
 
 def cholesky(S: Tensor) -> Tensor:
@@ -132,6 +130,9 @@ def ldlt_weights(
     For n = 1 and slopes in [0, 1], A = 𝓛X_A and B = X_B F_1⁻¹ − X_A CᵀΛ/𝓛: with X_A → 𝓛I, X_B = 0 that is the SLL block
     x − CᵀΛσ(Cx + b), with X_A = 0 the sandwich layer.
 
+    With skip, V_1 … V_{n−1} are shortened to norms whose product is at most `LARGEST`: larger ones would leave A
+    nothing.
+
     Args:
         V_inner: (..., d_l, d_{l−1}) for each layer.
         V_outgoing: (..., out, d_n), with skip [V_A V_B], (..., out, d_0 + d_n).
@@ -150,8 +151,11 @@ def ldlt_weights(
     scale = math.sqrt(2) / (sector.high - sector.low)
     F, upper = torch.eye(V_inner[0].shape[-1], dtype=V_outgoing.dtype, device=V_outgoing.device) / lipschitz, True
     inner, past, u = [], [], F.mH  # past: u_0, u_1, …; u becomes the next one
-    for V, multiplier in zip(V_inner, multipliers, strict=True):
+    growth = LARGEST ** (1 / max(1, len(V_inner) - 1))  # of u_l in each layer, lest they differ by more than `LARGEST`
+    for i, (V, multiplier) in enumerate(zip(V_inner, multipliers, strict=True)):
         root = multiplier.sqrt().to(V.dtype)
+        if skip and 1 < len(V_inner) != i + 1:
+            V = V * (growth / gram_iteration_bound(V, iterations=3)[..., None, None].clamp_min(growth))
         X, R = strict_contraction(V)
         inner.append(scale * torch.linalg.solve_triangular(F, X, upper=upper, left=False) / root[:, None])
         T = _ridged(rho**2 * (V @ V.mH))
