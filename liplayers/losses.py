@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from liplayers.errors import ArgumentError
 
 
+def _one_hot(target: Tensor, logits: Tensor) -> Tensor:
+    """As `F.one_hot`, which torch.func.vmap does not take."""
+    return (target[:, None] == torch.arange(logits.shape[1], device=target.device)).to(logits.dtype)
+
+
 def offset_cross_entropy(logits: Tensor, target: Tensor, offset: float, temperature: float) -> Tensor:
     r"""t·CE((f − u·onehot(y))/t, y): cross-entropy after the true logit has been lowered by an offset.
 
@@ -29,7 +34,7 @@ def offset_cross_entropy(logits: Tensor, target: Tensor, offset: float, temperat
     >>> round(offset_cross_entropy(logits, torch.tensor([0]), offset=3.0, temperature=1.0).item(), 4)
     0.6931
     """
-    shifted = logits - offset * F.one_hot(target, logits.shape[1])
+    shifted = logits - offset * _one_hot(target, logits)
     return temperature * F.cross_entropy(shifted / temperature, target)
 
 
@@ -76,7 +81,7 @@ def logit_annealing(
     >>> round(logit_annealing(logits, torch.tensor([0]), 1.0, 3.0, 1.0).item(), 4)
     0.3466
     """
-    shifted = (logits - offset * F.one_hot(target, logits.shape[1])) / temperature
+    shifted = (logits - offset * _one_hot(target, logits)) / temperature
     log_p = shifted.log_softmax(1).gather(1, target[:, None])[:, 0]
     # expm1: 1 − p_y keeps its relative accuracy, and its gradient stays finite, as p_y approaches 1
     complement = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny)

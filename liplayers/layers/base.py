@@ -90,7 +90,8 @@ class ParametrizedModule(LipschitzModule):
         Where gradients with respect to the raw parameters are needed, it is computed afresh at each call (once inside
         `cached()`); otherwise once, until a raw parameter changes in any way.
         """
-        if torch.compiler.is_compiling():
+        # inside torch.func transforms a parameter stands for many, or for one that is being differentiated
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
             return self._compute(*key)
         raw = [getattr(self, name) for name in self.raw_names]
         if torch.is_grad_enabled() and any(p.requires_grad for p in raw):

@@ -1,0 +1,491 @@
+"""The UCI benchmark: batched training is plain training, budgets match, results do not mix, statistics are right."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from scipy import stats
+from torch import Tensor, nn
+
+from benchmarks.uci import jobs as uci_jobs
+from benchmarks.uci import run as uci_run
+from benchmarks.uci import statistics
+from benchmarks.uci.__main__ import main
+from benchmarks.uci.jobs import METRICS, Configuration, run_job
+from benchmarks.uci.methods import METHODS, count_parameters, matched_width
+from benchmarks.uci.report import critical_difference_plot, scores_of, write_report
+from benchmarks.uci.results import FIELDS, read_results
+from benchmarks.uci.run import Job, plan_jobs, run_jobs
+from benchmarks.uci.train import Recipe, shuffled_batches, train_together
+from liplayers.certification import certify
+from liplayers.data.tabular import UCISet, read_uci
+from liplayers.errors import ArgumentError, DataError, LipschitzError
+from liplayers.losses import OffsetCrossEntropy
+from liplayers.training.schedules import warmup_cosine
+
+QUICK = Configuration(Recipe(steps=3), depth=2, width=6, seeds=2)
+
+
+def write_set(root: Path, name: str, samples: int = 24, features: int = 3, seed: int = 0) -> None:
+    """Three classes around three points, two folds."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(samples) % 3
+    values = random.normal(size=(samples, features)) + 2 * random.normal(size=(3, features))[labels]
+    order = np.stack([random.permutation(samples) for _ in range(2)], 1)
+    tables = {name: values, "labels": labels, "folds": order < samples // 4}
+    tables["validation_folds"] = order >= samples - samples // 6
+    (root / name).mkdir(parents=True)
+    for key, table in tables.items():
+        np.savetxt(root / name / f"{key}_py.dat", table, delimiter=",", fmt="%.6g")
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    for seed, name in enumerate(("flowers", "stones", "wells")):
+        write_set(tmp_path / "data", name, seed=seed)
+    return tmp_path / "data"
+
+
+def run(
+    root: Path, output: Path, configuration: Configuration = QUICK, methods: tuple[str, ...] = ("aol", "sll")
+) -> int:
+    """How many jobs there were to run."""
+    jobs = plan_jobs(root, output, None, methods, configuration)
+    run_jobs(jobs, processes=1, console=None)
+    return len(jobs)
+
+
+def command(root: Path, output: Path, *arguments: str) -> int:
+    small = ("--steps", "3", "--depth", "2", "--width", "6", "--seeds", "2")
+    return main(["--root", str(root), "--output", str(output), *small, *arguments])
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def train_alone(model: nn.Module, features: Tensor, labels: Tensor, batches: Tensor, recipe: Recipe) -> None:
+    loss = OffsetCrossEntropy(recipe.offset, recipe.temperature)
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, betas=recipe.betas)
+    schedule = warmup_cosine(optimizer, recipe.steps, recipe.warmup)
+    for rows in batches:
+        optimizer.zero_grad()
+        loss(model(features[rows]), labels[rows]).backward()
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("features", [3, 9], ids=["padded", "stem"])
+def test_training_together_gives_the_weights_of_training_alone(method, features):
+    recipe = Recipe(steps=6, lr=0.05)
+    torch.manual_seed(
+        3
+    )  # no unit is dead: the gradient of its multiplier would be rounding errors, which Adam scales up
+    x, y = torch.randn(20, features, dtype=torch.float64), torch.randint(3, (20,))
+    together = [METHODS[method](features, 3, 6, 2).double() for _ in range(3)]
+    alone = [METHODS[method](features, 3, 6, 2).double() for _ in range(3)]
+    for a, b in zip(together, alone, strict=True):
+        for p in a.parameters():  # where W is orthogonal, SLL's log_q has a gradient of rounding errors only
+            nn.init.normal_(p)
+        b.load_state_dict(a.state_dict())
+    initial = [p.clone() for p in together[0].parameters()]
+    batches = torch.randint(20, (recipe.steps, 3, 8))
+    train_together(together, x, y, batches, recipe)
+    for i, (a, b) in enumerate(zip(together, alone, strict=True)):
+        train_alone(b, x, y, batches[:, i], recipe)
+        for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12, msg=f"model {i}, {name}")
+    assert any((p - q).abs().max() > 0.1 for p, q in zip(together[0].parameters(), initial, strict=True))
+
+
+def test_every_row_is_seen_once_in_each_epoch_and_short_sets_wrap_round():
+    rows = torch.tensor([2, 3, 5, 7, 11])
+    seen = shuffled_batches(rows, 4, 5, torch.Generator().manual_seed(0))
+    assert seen.shape == (5, 4)
+    epochs = seen.flatten().view(4, 5)
+    assert all(sorted(epoch) == rows.tolist() for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1
+    assert shuffled_batches(rows[:1], 3, 2, torch.Generator()).tolist() == [[2, 2, 2], [2, 2, 2]]
+
+
+def test_training_rows_are_never_the_rows_that_are_certified(root, monkeypatch):
+    data = read_uci(root, "flowers")
+    seen: list[Tensor] = []
+    monkeypatch.setattr(uci_jobs, "train_together", lambda models, x, y, batches, recipe: seen.append(batches))
+    run_job(data, "aol", Configuration(Recipe(steps=40), 1, 4, 1, "test"))
+    run_job(data, "aol", Configuration(Recipe(steps=40), 1, 4, 1, "validation"))
+    for fold in range(2):
+        final, tuning = (set(batches[:, fold].flatten().tolist()) for batches in seen)
+        test, validation = (set(m[:, fold].nonzero()[:, 0].tolist()) for m in (data.test, data.validation))
+        assert final == set(range(24)) - test
+        assert tuning == set(range(24)) - test - validation
+
+
+def test_methods_see_the_same_batches_and_folds_and_seeds_others(root, monkeypatch):
+    data = read_uci(root, "flowers")
+    seen: list[Tensor] = []
+    starts: list[list[Tensor]] = []
+
+    def record(models, x, y, batches, recipe):
+        seen.append(batches)
+        starts.append([next(m.parameters()).clone() for m in models])
+
+    monkeypatch.setattr(uci_jobs, "train_together", record)
+    for method in ("aol", "sll"):
+        run_job(data, method, QUICK)
+    assert torch.equal(*seen)
+    assert len({tuple(batches.flatten().tolist()) for batches in seen[0].unbind(1)}) == 4
+    fold0_seed0, fold0_seed1, fold1_seed0, _ = starts[0]
+    assert torch.equal(fold0_seed0, fold1_seed0)
+    assert not torch.equal(fold0_seed0, fold0_seed1)
+
+
+def test_the_result_is_what_certify_says_of_the_trained_model(root):
+    data = read_uci(root, "flowers")
+    recipe, method = Recipe(steps=30, lr=0.05), "cayley"
+    result = run_job(data, method, Configuration(recipe, depth=2, width=6, seeds=1))
+    rows = (~data.test[:, 1]).nonzero()[:, 0]
+    torch.manual_seed(3)  # all units live: the gradient of a dead one is rounding errors, which Adam scales up
+    model = METHODS[method](3, 3, 6, 2)
+    generator = torch.Generator().manual_seed(uci_jobs.zlib.crc32(b"flowers 1 0"))
+    train_alone(model, data.features, data.labels, shuffled_batches(rows, 18, 30, generator), recipe)
+    test = data.test[:, 1]
+    certificates, _ = certify(
+        model, [(data.features[test], data.labels[test])], input_shape=(3,), num_classes=3, input_range=None
+    )
+    found = result["models"][1]
+    assert (found["fold"], found["seed"], found["n_test"], found["bound"]) == (1, 0, 6, 1.0)
+    assert found["clean"] == certificates.clean_accuracy
+    for radius in (36, 72, 108, 255):
+        assert found[f"c{radius}"] == certificates.accuracy(radius / 255)
+    assert found["clean"] > 0.5
+    assert found["c36"] > 0
+
+
+# The budget -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("features", "classes"), [(4, 3), (60, 2), (17, 40)])
+def test_no_other_width_is_nearer_to_the_budget(method, features, classes):
+    budget = features * 16 + 16 + 2 * (16 * 16 + 16) + 16 * classes + classes
+    assert count_parameters("aol", features, classes, 16, 3) == budget
+    width = matched_width(method, features, classes, 16, 3)
+
+    def distance(w: int) -> int:
+        return abs(sum(p.numel() for p in METHODS[method](features, classes, w, 3).parameters()) - budget)
+
+    assert distance(width) == min(distance(w) for w in range(1, 33))
+    assert distance(width) <= 0.1 * budget
+
+
+def test_features_are_padded_or_mapped_orthogonally_but_never_cut_off():
+    x = torch.randn(5, 7)
+    for width in (12, 3):
+        first = METHODS["sll"](7, 2, width, 1).body[0]
+        assert first(x).shape == (5, width)
+        matrix = first(torch.eye(7)) - first(torch.zeros(1, 7))
+        singular = torch.linalg.svdvals(matrix)
+        torch.testing.assert_close(singular, torch.ones(min(7, width)))
+
+
+# Results --------------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_is_missing_runs_again(root, tmp_path):
+    output = tmp_path / "out"
+    assert run(root, output) == 6
+    files = sorted((output / "jobs").iterdir())
+    assert [f.name for f in files][:2] == ["flowers.aol.json", "flowers.sll.json"]
+    before = {f.name: f.read_bytes() for f in files}
+    (output / "jobs" / "stones.sll.json").unlink()
+    times = {f.name: f.stat().st_mtime_ns for f in (output / "jobs").iterdir()}
+    assert run(root, output) == 1
+    assert all((output / "jobs" / name).stat().st_mtime_ns == time for name, time in times.items())
+    again, first = (
+        json.loads(text) for text in ((output / "jobs/stones.sll.json").read_bytes(), before["stones.sll.json"])
+    )
+    assert again["models"] == first["models"]
+    assert run(root, output, methods=("aol", "sll", "cayley")) == 3
+
+
+def test_an_interrupt_keeps_what_is_finished_and_is_one_line(root, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out"
+    done: list[str] = []
+
+    def interrupted(self: Job) -> None:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(self.name)
+        original(self)
+
+    original = Job.run
+    monkeypatch.setattr(Job, "run", interrupted)
+    assert command(root, output, "--methods", "aol") == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped; finished results are kept")
+    assert len(list((output / "jobs").iterdir())) == 2
+    monkeypatch.setattr(Job, "run", original)
+    assert len(plan_jobs(root, output, None, ("aol",), QUICK)) == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (Configuration(Recipe(steps=4), 2, 6, 2), "steps 3, not 4"),
+        (Configuration(Recipe(steps=3), 3, 6, 2), "depth 2, not 3"),
+        (Configuration(Recipe(steps=3), 2, 6, 2, "validation"), "rows test, not validation"),
+    ],
+)
+def test_results_of_another_configuration_are_refused(root, tmp_path, other, named):
+    run(root, tmp_path / "out", methods=("aol",))
+    before = sorted(p.name for p in (tmp_path / "out" / "jobs").iterdir())
+    with pytest.raises(DataError, match=named) as caught:
+        run(root, tmp_path / "out", other, methods=("aol", "sll"))
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in (tmp_path / "out" / "jobs").iterdir()) == before
+
+
+def test_the_report_refuses_mixed_and_broken_files(root, tmp_path):
+    output = tmp_path / "out"
+    run(root, output, methods=("aol",))
+    path = output / "jobs" / "wells.aol.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"configuration": content["configuration"] | {"liplayers": "0.0.9"}}))
+    with pytest.raises(DataError, match=r"liplayers 0.0.9, not"):
+        write_report(output)
+    for broken in ("{", "[]", "{}", '"set"'):
+        path.write_text(broken)
+        with pytest.raises(DataError, match=r"wells\.aol\.json: not a result"):
+            write_report(output)
+    assert not (output / "uci.md").exists()
+
+
+def test_worker_processes_give_the_same_results(root, tmp_path):
+    jobs = plan_jobs(root, tmp_path / "two", ["stones"], ("aol", "sll"), QUICK)
+    run_jobs(jobs, processes=2, console=None)
+    run(root, tmp_path / "one")
+    for method in ("aol", "sll"):
+        one, two = (json.loads((tmp_path / n / "jobs" / f"stones.{method}.json").read_text()) for n in ("one", "two"))
+        assert one["models"] == two["models"]
+
+
+def test_workers_start_with_one_thread_and_deaf_to_interrupts(monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+    for threads in (None, "3"):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if threads is not None:
+            monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        with uci_run._as_workers_shall_start():
+            assert os.environ["OMP_NUM_THREADS"] == "1"
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert os.environ.get("OMP_NUM_THREADS") == threads
+        assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_an_error_in_a_worker_is_the_error_of_the_run(root, tmp_path):
+    jobs = plan_jobs(root, tmp_path / "out", ["stones"], ("aol",), QUICK)
+    (root / "stones" / "labels_py.dat").write_text("x\n")
+    with pytest.raises(LipschitzError, match="labels_py"):
+        run_jobs(jobs, processes=2, console=None)
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_names_and_bad_values_are_one_line_before_anything_runs(root, tmp_path, capsys):
+    output = tmp_path / "out"
+    wrong = [
+        (["--sets", "flower"], "unknown UCI set 'flower': did you mean flowers?"),
+        (["--methods", "aoll"], "unknown method 'aoll': did you mean aol"),
+        (["--seeds", "0"], "seeds=0"),
+        (["--temperature", "0"], "temperature=0.0"),
+        (["--lr", "nan"], "lr=nan"),
+        (["--report-only"], "no set has results of every method"),
+    ]
+    for arguments, message in wrong:
+        assert command(root, output, *arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert message in line
+    assert main(["--output", str(output)]) == 2
+    assert command(tmp_path / "nowhere", output) == 2
+    assert not list(output.glob("jobs/*"))
+
+
+def test_the_command_runs_and_reports(root, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert command(root, output, "--sets", "flowers, wells", "--methods", "sll,aol") == 0
+    names = {p.name for p in output.iterdir()}
+    assert names == {"jobs", "results.csv", "uci.md", "mean.png", *(f"cd_{metric}.png" for metric in METRICS)}
+    first = {p.name: p.read_bytes() for p in output.glob("*.*") if p.suffix != ".png"}
+    assert main(["--report-only", "--output", str(output)]) == 0
+    assert {p.name: p.read_bytes() for p in output.glob("*.*") if p.suffix != ".png"} == first
+    assert str(tmp_path) not in b"".join(first.values()).decode()
+    assert all(str(tmp_path) not in p.read_text() for p in (output / "jobs").iterdir())
+
+
+def test_the_recipe_is_chosen_on_validation_rows_for_all_methods(root, tmp_path, capsys, monkeypatch):
+    def fake(data: UCISet, method: str, configuration: Configuration) -> dict:
+        assert configuration.rows == "validation"
+        recipe = configuration.recipe
+        value = {"aol": recipe.lr * 10, "sll": 0.5 - recipe.lr}[method] + 0.1 * (recipe.offset == 1.0)
+        model = {"fold": 0, "seed": 0, **dict.fromkeys(METRICS, value), "c255": -100.0 * value}
+        result = dict.fromkeys(FIELDS, 0) | {"set": data.name, "method": method, "models": [model]}
+        return result | {"configuration": configuration.record()}
+
+    monkeypatch.setattr(uci_run, "run_job", fake)
+    assert command(root, tmp_path / "out", "--select", "--sets", "wells,stones", "--methods", "aol,sll") == 0
+    assert "lr=0.02, offset=1.0, temperature=0.25" in capsys.readouterr().out
+    text = (tmp_path / "out" / "recipes.md").read_text()
+    (best,) = (line for line in text.splitlines() if "**" in line)
+    assert best == "| 0.02 | 1.0 | 0.25 | **44.00** | 30.00 | 58.00 |"
+
+
+# The report -----------------------------------------------------------------------------------------------------------
+
+
+def write_results(folder: Path, table: dict[str, dict[str, list[float]]], samples: int = 100) -> None:
+    """Files of {set: {method: clean accuracy of each model}}; certified accuracies are a tenth less at each radius."""
+    (folder / "jobs").mkdir(parents=True)
+    for name, methods in table.items():
+        for method, values in methods.items():
+            models = [
+                {"fold": i, "seed": 0, "n_test": 7, "not_finite": 0, "bound": 1.0}
+                | {metric: value - 0.1 * k for k, metric in enumerate(METRICS)}
+                for i, value in enumerate(values)
+            ]
+            content = {"configuration": QUICK.record(), "set": name, "method": method, "samples": samples, "width": 6}
+            content |= {"features": 3, "classes": 3, "parameters": 99 + len(method), "torch": "2", "cores": 2}
+            content |= {"seconds": 1.0, "models": models}
+            (folder / "jobs" / f"{name}.{method}.json").write_text(json.dumps(content))
+
+
+TABLE = {
+    "a": {"aol": [0.9, 0.7], "cayley": [0.7, 0.8], "sll": [0.6, 0.8]},
+    "b": {"aol": [0.5, 0.5], "cayley": [0.5, 0.6], "sll": [0.5, 0.5]},
+    "c": {"aol": [0.6, 0.6], "cayley": [0.9, 0.9], "sll": [0.8, 0.8]},
+}
+
+
+def test_the_report_has_the_means_the_ranks_and_the_rows(tmp_path):
+    write_results(tmp_path, TABLE | {"d": {"aol": [1.0]}})
+    write_report(tmp_path)
+    lines = (tmp_path / "uci.md").read_text().splitlines()
+    assert "- left out, for want of a method: d" in lines
+    clean = lines[lines.index("## Comparison: clean accuracy") :]
+    (aol,) = (line for line in clean[:12] if line.startswith("| aol"))
+    assert aol.startswith("| aol | 63.33 | 2.17 | 1 / 1 / 1 | -3.33 | – |")
+    assert "| a | 80.00 | 75.00 | 70.00 |" in lines
+    assert "| a | 70.00 | 65.00 | 60.00 |" in lines
+    assert "| **mean** | 63.33 | 73.33 | 66.67 |" in lines
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 19
+    assert list(rows[0]) == [
+        *("set", "method", "fold", "seed", "clean", "c36", "c72", "c108", "c255", "n_test", "parameters", "bound")
+    ]
+    assert [(row["fold"], float(row["clean"])) for row in rows if (row["set"], row["method"]) == ("a", "sll")] == [
+        ("0", 0.6),
+        ("1", 0.8),
+    ]
+
+
+def test_small_sets_and_logits_that_are_not_finite_are_listed(tmp_path):
+    write_results(tmp_path, TABLE, samples=49)
+    path = tmp_path / "jobs" / "b.sll.json"
+    content = json.loads(path.read_text())
+    content["models"][1]["not_finite"] = 3
+    path.write_text(json.dumps(content))
+    write_report(tmp_path)
+    text = (tmp_path / "uci.md").read_text()
+    assert "- sets with fewer than 50 rows: a (49), b (49), c (49)" in text
+    assert "- models with logits that are not finite: b, sll" in text
+
+
+def test_one_method_alone_is_reported_without_comparison_plots(tmp_path):
+    write_results(tmp_path, {"a": {"aol": [0.5]}})
+    assert [p.name for p in write_report(tmp_path)] == ["results.csv", "uci.md", "mean.png"]
+
+
+def test_scores_need_one_set_with_all_methods():
+    with pytest.raises(DataError, match="no set has results of every method"):
+        scores_of([])
+    assert read_results(Path("no such folder")) == []
+
+
+# Statistics -----------------------------------------------------------------------------------------------------------
+
+# AUC of C4.5 and C4.5+m on 14 sets, Demšar 2006, Table 2
+C45 = [0.763, 0.599, 0.954, 0.628, 0.882, 0.936, 0.661, 0.583, 0.775, 1.000, 0.940, 0.619, 0.972, 0.957]
+C45_M = [0.768, 0.591, 0.971, 0.661, 0.888, 0.931, 0.668, 0.583, 0.838, 1.000, 0.962, 0.666, 0.981, 0.978]
+
+
+def test_ranks_share_ties_and_ignore_rounding():
+    scores = np.array([[0.3, 0.1 + 0.2, 0.1], [0.5, 0.4, 0.6]])
+    assert statistics.average_ranks(scores).tolist() == [1.75, 2.25, 2.0]
+    assert statistics.wins_ties_losses(scores[:, 0], scores[:, 1]) == (1, 1, 0)
+
+
+def test_wilcoxon_splits_equal_scores_as_in_demsars_example():
+    a, b = np.array(C45_M), np.array(C45)
+    rank = stats.rankdata(np.abs(a - b).round(10))
+    plus = rank[a > b].sum() + rank[a == b].sum() / 2
+    assert plus == 93.0
+    n = len(a)
+    z = (min(plus, n * (n + 1) / 2 - plus) - n * (n + 1) / 4) / math.sqrt(n * (n + 1) * (2 * n + 1) / 24)
+    assert statistics.wilcoxon(a, b) == pytest.approx(2 * stats.norm.cdf(z), rel=0.1)
+    assert statistics.wilcoxon(a, b) == statistics.wilcoxon(b, a)
+    assert statistics.wilcoxon(a, a) == 1.0
+
+
+def test_wilcoxon_of_six_wins_is_exact():
+    assert statistics.wilcoxon(np.arange(1.0, 7) * 1.1, np.arange(1.0, 7)) == pytest.approx(2 / 2**6)
+
+
+def test_holm_is_monotone_and_keeps_the_order():
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.9, 0.6]) == [1.0, 1.0]
+
+
+def test_pairwise_tests_are_symmetric_and_corrected_for_their_number():
+    random = np.random.default_rng(0)
+    scores = random.random((12, 3)) + np.array([0, 0.05, 0.6])
+    table = statistics.pairwise(scores)
+    raw = [statistics.wilcoxon(scores[:, i], scores[:, j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert np.array_equal(table, table.T)
+    assert np.diag(table).tolist() == [1.0] * 3
+    assert table[[0, 0, 1], [1, 2, 2]].tolist() == pytest.approx(statistics.holm(raw))
+    assert statistics.friedman(scores) == pytest.approx(stats.friedmanchisquare(*scores.T).pvalue)
+    assert math.isnan(statistics.friedman(scores[:, :2]))
+
+
+@pytest.mark.parametrize(("methods", "q"), [(2, 1.960), (3, 2.343), (5, 2.728), (7, 2.949), (10, 3.164)])
+def test_the_critical_difference_has_demsars_constants(methods, q):
+    expected = q * math.sqrt(methods * (methods + 1) / (6 * 116))
+    assert statistics.critical_difference(methods, 116) == pytest.approx(expected, rel=5e-4)
+
+
+def test_bars_join_what_is_not_told_apart():
+    assert statistics.groups([3.0, 1.0, 1.9, 2.8], 1.0) == [(1.0, 1.9), (1.9, 2.8), (2.8, 3.0)]
+    assert statistics.groups([1.0, 2.0], 1.0) == []
+    assert statistics.groups([2.0, 2.0], 0.5) == [(2.0, 2.0)]
+    figure = critical_difference_plot(["x", "y", "z"], [1.0, 1.5, 3.0], 1.0, "title")
+    assert isinstance(figure, Figure)
+    (bar,) = (line for line in figure.axes[0].lines if line.get_linewidth() > 3)
+    assert np.asarray(bar.get_xdata()).tolist() == pytest.approx([1.0, 1.5], abs=0.1)
+    assert {"x  1.00", "y  1.50", "3.00  z"} <= {text.get_text() for text in figure.axes[0].texts}
+
+
+def test_a_recipe_refuses_what_cannot_train():
+    for wrong in ({"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": math.inf}, {"warmup": 1.0}, {"offset": -1.0}):
+        with pytest.raises(ArgumentError):
+            Recipe(**wrong)
