@@ -273,10 +273,10 @@ def tree_detach(part: Any) -> Any:
     return tuple(p.detach() for p in part) if isinstance(part, tuple) else part if part is None else part.detach()
 
 
-def test_an_ldlt_block_starts_near_the_reflection_of_sll():
+def test_the_reflection_of_sll_is_the_limit_of_ldlt_blocks():
     block = LDLTBlock(6, dtype=torch.float64)
     with torch.no_grad():
-        block.raw.mul_(100)
+        nn.init.orthogonal_(block.raw).mul_(10)
         block.get_parameter("raw_out").zero_()
         block.get_parameter("raw_out")[:, :6] = 100 * torch.eye(6)
     weights = running(block)

@@ -41,7 +41,7 @@ class Configuration:
 
     recipe: Recipe = field(default_factory=Recipe)
     depth: int = 4
-    width: int = 64
+    width: int = 48
     seeds: int = 3
     rows: Literal["test", "validation"] = "test"
 

@@ -22,9 +22,9 @@ from benchmarks.uci.run import Job, known_sets, plan_jobs, run_jobs
 from benchmarks.uci.train import Recipe
 from liplayers.certification.report import write_outputs
 
-LEARNING_RATES = (0.005, 0.02)
-OFFSETS = (1.0, 2.0, 4.0)
-TEMPERATURES = (0.25, 1.0)
+LEARNING_RATES = (0.01, 0.03)
+OFFSETS = (0.5, 1.0)
+TEMPERATURES = (0.5,)
 CRITERION = METRICS[:4]
 EVERY = 15  # the sets to choose on, unless they are named: the first in the alphabet and every 15th after it
 

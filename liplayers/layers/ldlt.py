@@ -18,7 +18,7 @@ from liplayers.linalg.lmi import ExplicitWeights, ldlt_weights, limited
 
 __all__ = ["LDLTBlock", "LDLTConv2dBlock", "LDLTSequential"]
 
-GAIN = 10.0  # V = 10·raw: an orthogonal raw matrix stands for a contraction with singular values 10/√101 = 0.995
+SCALE = 10.0  # V = 10·raw: an orthogonal raw matrix stands for a contraction with singular values 10/√101 = 0.995
 
 Block = DenseLMIBlock | Conv2dLMIBlock
 
@@ -32,23 +32,21 @@ def _shapes(block: Block, skip: bool, taps: tuple[int, ...] = ()) -> dict[str, t
 
 
 def _explicit(block: Block, matrices: list[Tensor], logs: Tensor, skip: bool) -> ExplicitWeights:
-    *inner, outgoing = (limited(GAIN * matrix) for matrix in matrices)
+    *inner, outgoing = (limited(SCALE * matrix) for matrix in matrices)
     return ldlt_weights(inner, outgoing, block.multipliers(logs), block.lipschitz, block.sector, skip)
 
 
 def _reset_skip(block: Block) -> None:
-    """[V_A V_B] = [10 I, 0], orthogonal V_l of the size that leaves the skip almost alone."""
-    *below, last, outgoing, logs = (block.get_parameter(name) for name in block.raw_names)
-    for p in below:
-        orthogonal_(p, 0.1 / GAIN)
-    # κQ multiplies what A may be by √((1 + ρ²κ²)/(1 + κ²)): 0.95 at the κ chosen here, 1 for ρ = 1
-    rho = (block.sector.high + block.sector.low) / (block.sector.high - block.sector.low)
-    taken = 1 - 1.1 * rho**2
-    orthogonal_(last, min(GAIN, math.sqrt(0.1 / taken)) / GAIN if taken > 0 else 1.0)
+    """[V_A V_B] = [10 I, Q], V_l = 0.1 Q: the skip keeps almost all, and no unit has saturated."""
+    *inner, outgoing, logs = (block.get_parameter(name) for name in block.raw_names)
+    for p in inner:
+        orthogonal_(p, 0.1 / SCALE)
+    skip = block.sizes[0]
     nn.init.zeros_(outgoing)
+    orthogonal_(outgoing.data[:, skip:], 1 / SCALE)
     centre = tuple((n - 1) // 2 for n in outgoing.shape[2:])
-    for i in range(min(block.outputs, block.sizes[0])):
-        outgoing.data[(i, i, *centre)] = 1.0
+    for i in range(min(block.outputs, skip)):
+        outgoing.data[(i, i, *centre)] = 10 / SCALE
     nn.init.zeros_(logs)
     block.reset_biases()
 
@@ -94,9 +92,9 @@ class LDLTSequential(DenseLMIBlock):
         """Orthogonal V_l, of the size that makes the inner weights as large as they can be; no bias."""
         *inner, outgoing, logs = (self.get_parameter(name) for name in self.raw_names)
         low, high = self.sector
-        balanced = (abs(high + low) / (high - low)) ** -0.5 if high + low else GAIN
+        balanced = (abs(high + low) / (high - low)) ** -0.5 if high + low else SCALE
         for p in inner:
-            orthogonal_(p, min(balanced, GAIN) / GAIN)
+            orthogonal_(p, min(balanced, SCALE) / SCALE)
         orthogonal_(outgoing, 1.0)
         nn.init.zeros_(logs)
         self.reset_biases()
@@ -113,7 +111,7 @@ class LDLTBlock(DenseLMIBlock):
     w_n: for one layer and slopes in [0, 1], C = √2 𝓛 Λ^(−½) X_1, A = 𝓛X_A, B = X_B F_1⁻¹ − X_A CᵀΛ/𝓛 (see
     `liplayers.linalg.lmi.ldlt_weights` for n layers). Every block that strictly satisfies the LMI is reached: X_A → I,
     X_B = 0 is the SLL block x − CᵀΛσ(Cx + b), X_A = 0 the sandwich layer. Contraction with constant 𝓛 (1-Lipschitz for
-    𝓛 = 1). Signal gain at initialisation is 0.99 for ReLU, 0.95 for MaxMin. Cost: for each layer two Cholesky
+    𝓛 = 1). Signal gain at initialisation is 0.98. Cost: for each layer two Cholesky
     factorisations and solves in float64, and one of the sum of input and last hidden size.
 
     Args:
@@ -145,7 +143,7 @@ class LDLTBlock(DenseLMIBlock):
         return _shapes(self, True)
 
     def reset_parameters(self) -> None:
-        """V_n = 10 Q, X_A = 0.995 I, X_B = 0: one layer of ReLU reflects where it is active; no bias."""
+        """[V_A V_B] = [10 I, Q], V_l = 0.1 Q with orthogonal Q, Λ_l = I, no bias."""
         _reset_skip(self)
 
     def explicit_weights(self) -> ExplicitWeights:
@@ -158,7 +156,7 @@ class LDLTConv2dBlock(Conv2dLMIBlock):
 
     y = A ∗ x + B ∗ w_n + b with circular convolutions whose support is the whole image (zero padding: the image in a
     larger torus); the multipliers Λ_l are those of the channels. 𝓛-Lipschitz (1-Lipschitz for 𝓛 = 1) for every image
-    size. Signal gain at initialisation is 0.99 for ReLU. Cost: the factorisations of `LDLTBlock` for each frequency,
+    size. Signal gain at initialisation is 0.98. Cost: the factorisations of `LDLTBlock` for each frequency,
     and n + 2 transforms.
 
     Args:
