@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rich.progress import track
 from torch import nn
@@ -28,7 +29,22 @@ FOLDER = Path(__file__).parent / "results"
 DEPTHS = (1, 2, 5, 10, 15, 30)
 STEP = 1e-3
 SAMPLES = 64
-PLOTTED = ("aol", "sll", "sandwich", "ldlt", "ldlt, V_A", "ldlt_sequential", "gershgorin", "cayley")
+PLOTTED = (
+    "cayley, MaxMin",
+    "rescaled, MaxMin",
+    "cpl",
+    "sll",
+    "sandwich",
+    "gershgorin",
+    "ldlt_sequential, ReLU",
+    "ldlt_sequential, ReLU, shifted by 1",
+    "ldlt_sequential, MaxMin",
+    "ldlt",
+    "ldlt, V_A = 3 I, V_1 = 0.1 Q",
+    "ldlt, V_A = 3 I, V_1 = 1 Q",
+    "ldlt, V_A = 10 I, V_1 = 1 Q",
+    "ldlt, V_A = 10 I, V_1 = 10 Q",
+)
 
 Make = Callable[[int, int], nn.Module]
 
@@ -54,6 +70,16 @@ def _ldlt(skip: float, inner: float, width: int) -> nn.Module:
     return block
 
 
+def _shifted(shift: float, width: int, depth: int) -> nn.Module:
+    """An LDLT-L network whose units are `shift` above their kink for x = 0: b_1 = s, b_l = s − C_l s."""
+    network = LDLTSequential(width, (width,) * depth)
+    with torch.no_grad():
+        assert network.hidden_bias is not None
+        inner = network.explicit_weights().inner
+        network.hidden_bias.copy_(torch.cat([shift - (i > 0) * shift * C.sum(1) for i, C in enumerate(inner)]))
+    return network
+
+
 def networks() -> dict[str, Make]:
     """By name: every dense family as it comes, and LDLT with other activations and initial sizes."""
     found: dict[str, Make] = {}
@@ -66,6 +92,8 @@ def networks() -> dict[str, Make]:
             found[family.name] = partial(_blocks, family.dense_block)
     found["ldlt_sequential, MaxMin"] = partial(_whole, LDLTSequential, MaxMin)
     found["ldlt, MaxMin"] = partial(_blocks, lambda width: LDLTBlock(width, activation=MaxMin()))
+    for shift in (0.5, 1.0, 2.0):
+        found[f"ldlt_sequential, ReLU, shifted by {shift:g}"] = partial(_shifted, shift)
     for skip in (1, 3, 10, 30):
         for inner in (0.1, 0.3, 1, 3, 10):
             found[f"ldlt, V_A = {skip} I, V_1 = {inner} Q"] = partial(_blocks, partial(_ldlt, skip, inner))
@@ -89,9 +117,16 @@ def gain(make: Make, width: int, depth: int) -> float:
 def _plot(table: dict[str, list[float]], depths: Sequence[int], width: int) -> Figure:
     figure = Figure(figsize=(8.2, 4.8), layout="constrained")
     axes = figure.add_subplot()
-    for name, gains in table.items():
-        if name.split(",")[0] in PLOTTED and not ("V_A" in name and "V_1 = 10 " not in name):
-            axes.plot(depths, gains, marker="o", markersize=4, label=name, linestyle=":" if "V_A" in name else "-")
+    for i, name in enumerate(PLOTTED):
+        axes.plot(
+            depths,
+            table[name],
+            label=name,
+            color=colormaps["tab20"](i),
+            marker="osv^DP*X"[i % 8],
+            markersize=4,
+            linestyle=":" if "V_A" in name else "-",
+        )
     axes.set(
         xlabel="hidden layers",
         ylabel="‖f(x + h) − f(x)‖ / ‖h‖",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import liplayers as lp
-from benchmarks import layers, timing
+from benchmarks import gain, layers, timing
 from benchmarks.peers import PEERS
 from benchmarks.plain import multiply_adds, plain_block
 from benchmarks.sizes import QUICK_SIZES, SIZES, build
@@ -239,3 +240,15 @@ def test_what_cannot_work_is_said_before_anything_runs(tmp_path, capsys, monkeyp
     messages = capsys.readouterr().err.splitlines()
     assert len(messages) == 3
     assert all(message.startswith("error: ") for message in messages)
+
+
+def test_the_gain_study_covers_every_dense_family_and_measures_what_it_says(tmp_path, monkeypatch, capsys):
+    dense = {f.name for f in FAMILIES.values() if f.linear or f.dense_block}
+    assert dense <= {name.split(",")[0] for name in gain.networks()}
+    halves = partial(gain._blocks, lambda width: lp.Scale(0.5))
+    assert gain.gain(halves, width=4, depth=3) == pytest.approx(1 / 8)
+    monkeypatch.setattr(gain, "DEPTHS", (1, 2))
+    assert gain.main(["--width", "6", "--output", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gain.csv", "gain.md", "gain.png"]
+    assert gain.main(["--width", "0"]) == 2
+    assert "width=0" in capsys.readouterr().err

@@ -570,10 +570,12 @@ def train(output: Path, *overrides: str) -> Path:
     return output / "checkpoints/best.ckpt"
 
 
-@pytest.mark.parametrize("validation", [True, False])
-def test_uci_trains_and_certifies(tmp_path: Path, validation: bool) -> None:
+@pytest.mark.parametrize(
+    "choice", [["data=uci", "data.validation=true"], ["data=uci", "data.validation=false"], ["experiment=uci_ldlt"]]
+)
+def test_uci_trains_and_certifies(tmp_path: Path, choice: list[str]) -> None:
     write_uci(tmp_path / "uci121", uci_files())
-    options = ["data=uci", "data.name=toy", f"data.root={tmp_path}", f"data.validation={validation}"]
+    options = [*choice, "data.name=toy", f"data.root={tmp_path}"]
     ckpt = train(tmp_path / "run", *options)
     results = cli.certify(compose("certify", f"ckpt={ckpt}", f"output={tmp_path}/out"))
     assert results["run"]["samples"] == 3

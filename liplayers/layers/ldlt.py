@@ -8,8 +8,6 @@ multipliers; factorisations are in float64, and the bound is proven again for th
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 
 from liplayers.layers.lmi import Conv2dLMIBlock, DenseLMIBlock, orthogonal_

@@ -39,7 +39,7 @@ def blockmlp(
         input_shape: (channels, height, width) of one image, (features,) of one row of a table, or any other.
         block: a family's name or a class that is called with the number of features.
         layers: hidden layers of each block, of size `width`, for blocks that can have several (LDLT, LBDN, Gershgorin).
-        activation: inside the blocks; each block refuses what its proof does not cover.
+        activation: inside the blocks, which refuse what their proof does not cover; after linear ones (LiResNet).
         head: "normalized", "linear", or a family's name.
         mean: subtracted from each pixel or feature first; None for nothing, as for standardised features.
 
@@ -62,12 +62,15 @@ def blockmlp(
         body.append(PadChannels(width) if features < width else get_layer(linear, "linear")(features, width))
         features = width
     for _ in range(depth):
-        arguments: dict[str, Any] = {"activation": get_activation(activation)}
+        arguments: dict[str, Any] = {}
         if features != width:
             arguments["out_features"] = width
         if layers > 1:
             arguments["hidden_features"] = (width,) * layers
-        body.append(make(features, **arguments))
+        if "activation" in takes:
+            body.append(make(features, activation=get_activation(activation), **arguments))
+        else:
+            body += [make(features, **arguments), get_activation(activation)]
         features = width
     return sequence(
         **preprocess,
