@@ -263,7 +263,7 @@ def test_every_block_that_strictly_satisfies_the_inequality_is_an_ldlt_block():
     found = [sandwich.explicit_weights(), gershgorin.explicit_weights(), sll_weights(sll)]
     for weights in found:
         assert torch.linalg.eigvalsh(inequality(weights, 1.0, 0.0, 1.0)).min() > -1e-12
-        strict = ExplicitWeights(*(tree_detach(part) for part in weights)).shrunk(1e-3)
+        strict = ExplicitWeights(*(tree_detach(part) for part in weights)).shrunk(0.999)
         again = as_ldlt(strict, 1.0)
         for ours, theirs in zip(again.executed(), (*strict.executed(), torch.zeros(4, 5).double()), strict=False):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
@@ -340,7 +340,7 @@ def test_weights_beyond_the_inequality_get_a_larger_bound_that_is_one():
     scaled(block, 1.0)
     weights = ExplicitWeights(*(tree_detach(part) for part in block.explicit_weights()))
     for excess in (1e-6, 1e-3, 0.1):
-        larger = weights.shrunk(-excess)
+        larger = weights.shrunk(1 + excess, (1 + excess) ** 3)
         bound = proven_lipschitz(larger, 1.0, block.sector)
         assert 1 < bound <= (1 + excess) ** 3 * (1 + 3 * excess)
         C1, C2 = larger.inner
@@ -350,7 +350,7 @@ def test_weights_beyond_the_inequality_get_a_larger_bound_that_is_one():
 
         norms = [torch.linalg.matrix_norm(jacobian(run, torch.randn(5).double()), 2) for _ in range(50)]
         assert max(norms) <= bound
-    assert proven_lipschitz(weights.shrunk(-5.0), 1.0, block.sector) == math.inf
+    assert proven_lipschitz(weights.shrunk(6.0), 1.0, block.sector) == math.inf
     broken = weights.with_executed([w * math.nan for w in weights.executed()])
     assert proven_lipschitz(broken, 1.0, block.sector) == math.inf
 

@@ -90,7 +90,7 @@ class _LMIModule(ParametrizedModule):
         """The weights, with the margin for their rounding, in the dtype that they run in."""
         size = max(*self.sizes, self.outputs)
         at_least_single = torch.promote_types(dtype, torch.float32)
-        executed = weights.shrunk(margin(size, at_least_single)).executed()
+        executed = weights.shrunk(1 - margin(size, at_least_single)).executed()
         # transforms exist in single precision at least
         return tuple(w.to(at_least_single.to_complex() if w.is_complex() else dtype) for w in executed)
 

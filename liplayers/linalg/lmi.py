@@ -57,15 +57,14 @@ class ExplicitWeights(NamedTuple):
             tuple(values[:n]), values[n], None if self.skip is None else values[-1], self.multipliers
         )
 
-    def shrunk(self, margin: float) -> ExplicitWeights:
-        """C_l, B times 1 − margin =: r, and A times rⁿ⁺¹.
+    def shrunk(self, r: float, skip: float | None = None) -> ExplicitWeights:
+        """C_l and B times r, A times `skip`, r by default.
 
-        The form keeps its sign, and gains almost `margin` times its own block diagonal (𝓛²I, 2Λ_l) for m ≤ 0: its other
-        entries shrink by r at least, but those of |A x + B w_n|², which lose O(margin²) where A and B cancel.
+        With all of them times r ≤ 1, the form (in the units of `lmi_matrix`, for m ≤ 0) is at least r times itself plus
+        1 − r times the sum of squares: couplings are linear in r, and what is squared is subtracted.
         """
-        r = 1 - margin
-        skip = None if self.skip is None else self.skip * r ** (len(self.inner) + 1)
-        return ExplicitWeights(tuple(C * r for C in self.inner), self.outgoing * r, skip, self.multipliers)
+        A = None if self.skip is None else self.skip * (r if skip is None else skip)
+        return ExplicitWeights(tuple(C * r for C in self.inner), self.outgoing * r, A, self.multipliers)
 
 
 LARGEST = 1e3  # norm of V beyond which the 1 in VᴴV + I would be lost to rounding in float64
@@ -230,8 +229,9 @@ def proven_lipschitz(weights: ExplicitWeights, lipschitz: float, sector: Sector)
         return lipschitz
     eta = 1e-12
     while eta < 1:
-        if is_proven(weights.shrunk(eta / (1 + eta)), lipschitz, sector):
-            return lipschitz * (1 + eta) ** (len(weights.inner) + 1) * (1 + 1e-15)
+        growth = (1 + eta) ** (len(weights.inner) + 1)
+        if is_proven(weights.shrunk(1 / (1 + eta), 1 / growth), lipschitz, sector):
+            return lipschitz * growth * (1 + 1e-14)
         eta *= 2
     return math.inf
 
