@@ -36,7 +36,7 @@ class Recipe:
     steps: int = 300
     batch_size: int = 256
     lr: float = 0.01
-    offset: float = 2.0
+    offset: float = 1.0
     temperature: float = 0.5
     betas: tuple[float, float] = (0.9, 0.99)
     warmup: float = 0.1
