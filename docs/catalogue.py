@@ -16,7 +16,7 @@ from torch import nn
 
 from liplayers import FAMILIES, Family
 from liplayers.errors import ArgumentError, LipschitzError
-from liplayers.layers.activations import ACTIVATIONS, SLOPE_RANGES, Householder, get_activation, slope_range
+from liplayers.layers.activations import ACTIVATIONS, SLOPE_RANGES, Householder, MaxMin, get_activation, slope_range
 from liplayers.layers.registry import ROLES
 
 PAGE = Path(__file__).parent / "layers.md"
@@ -104,15 +104,22 @@ def blocks_table(families: Iterable[Family]) -> str:
             make = getattr(family, role)
             if make is None:
                 continue
-            hidden = {"dense_block": "hidden_features", "conv_block": "hidden_channels"}[role]
+            size = "features" if role == "dense_block" else "channels"
             marks = [
-                takes(make, **{hidden: 7}),
+                takes(make, **{f"hidden_{size}": 7}),
+                takes(make, **{f"out_{size}": 7}),
                 takes(make, activation=nn.Tanh()),
+                takes(make, activation=nn.GELU()),
+                takes(make, activation=MaxMin()),
+                takes(make, lipschitz=2.0),
                 takes(make, padding_mode="circular"),
                 takes(make, kernel_size=5),
+                takes(make, stride=2),
             ]
             rows.append([f"`{make.__name__}`", *map(_mark, marks)])
-    return table(["block", "hidden size", "activation (slopes in [0, 1])", "circular", "kernel size"], rows)
+    activations = ("slopes in [0, 1]", "other slopes", "MaxMin")
+    sizes = ("hidden size", "output size")
+    return table(["block", *sizes, *activations, "𝓛 ≠ 1", "circular", "kernel size", "stride"], rows)
 
 
 def activations_table() -> str:
