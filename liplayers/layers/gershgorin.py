@@ -11,11 +11,10 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from liplayers.layers.activations import require_slope_range
 from liplayers.layers.base import fill_orthogonal_
 from liplayers.layers.lmi import DenseLMIBlock
 from liplayers.layers.registry import Family, register
-from liplayers.linalg.lmi import ExplicitWeights, Sector
+from liplayers.linalg.lmi import ExplicitWeights
 from liplayers.linalg.orthogonal import to_double
 
 __all__ = ["GershgorinBlock"]
@@ -57,9 +56,7 @@ class GershgorinBlock(DenseLMIBlock):
     (True, 1.0)
     """
 
-    def _accepted_sector(self) -> Sector:
-        require_slope_range(self, self.activation)
-        return Sector(0.0, 1.0)
+    unit_slopes_only = True
 
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
         inner = [(new, old) for old, new in pairwise(self.sizes)]

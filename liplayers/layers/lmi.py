@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError, ShapeError
-from liplayers.layers.activations import sector, tied_channels
+from liplayers.layers.activations import require_slope_range, sector, tied_channels
 from liplayers.layers.base import ParametrizedModule, check_positive, exact_precision, fill_orthogonal_
 from liplayers.layers.blocks import check_odd_kernel
 from liplayers.layers.conv import check_image
@@ -30,6 +30,7 @@ LARGEST_EXPONENT = 15.0  # multipliers up to e^±15: beyond it float32 holds one
 class _LMIModule(ParametrizedModule):
     """The sizes, the sector of the activation, the biases and the bound of a dense or convolutional block."""
 
+    unit_slopes_only = False  # whether the family's proof needs slopes in [0, 1]
     activation: nn.Module
     lipschitz: float
     sizes: tuple[int, ...]  # d_0, d_1, …, d_n
@@ -49,11 +50,9 @@ class _LMIModule(ParametrizedModule):
         self.sizes = tuple(sizes)
         self.outputs = outputs
         self.activation = nn.ReLU() if activation is None else activation
-        self.sector = self._accepted_sector()
-
-    def _accepted_sector(self) -> Sector:
-        """The sector that the weights are made for; families whose proof needs [0, 1] ask for it here."""
-        return Sector(*sector(self, self.activation))
+        if self.unit_slopes_only:
+            require_slope_range(self, self.activation)
+        self.sector = Sector(0.0, 1.0) if self.unit_slopes_only else Sector(*sector(self, self.activation))
 
     def _make_parameters(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         self._make_raw(device, dtype)

@@ -11,10 +11,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from liplayers.layers.activations import require_slope_range
 from liplayers.layers.lmi import Conv2dLMIBlock, DenseLMIBlock, Sizes, orthogonal_
 from liplayers.layers.registry import Family, register
-from liplayers.linalg.lmi import ExplicitWeights, Sector
+from liplayers.linalg.lmi import ExplicitWeights
 from liplayers.linalg.orthogonal import cayley, to_double
 
 __all__ = ["LBDN", "SandwichBlock", "SandwichConv2dBlock"]
@@ -35,11 +34,6 @@ def _pair(raw: Tensor) -> tuple[Tensor, Tensor]:
     """[A B] with AAᴴ + BBᴴ = I from a wide matrix, A square."""
     A, B = cayley(to_double(raw)).split([raw.shape[-2], raw.shape[-1] - raw.shape[-2]], -1)
     return A, B
-
-
-def _in_zero_one(block: Block) -> Sector:
-    require_slope_range(block, block.activation)
-    return Sector(0.0, 1.0)
 
 
 def _sandwich(block: Block, raw: Tensor, logs: Tensor) -> ExplicitWeights:
@@ -81,6 +75,8 @@ class SandwichBlock(DenseLMIBlock):
     (True, 1.0)
     """
 
+    unit_slopes_only = True
+
     def __init__(
         self,
         features: int,
@@ -95,9 +91,6 @@ class SandwichBlock(DenseLMIBlock):
         super().__init__(
             features, None, out_features, bias, activation=activation, lipschitz=lipschitz, device=device, dtype=dtype
         )
-
-    def _accepted_sector(self) -> Sector:
-        return _in_zero_one(self)
 
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"raw": (self.outputs, self.outputs + self.sizes[0]), "log_multiplier": (self.multiplier_count(),)}
@@ -142,6 +135,8 @@ class SandwichConv2dBlock(Conv2dLMIBlock):
     torch.Size([2, 8, 4, 3])
     """
 
+    unit_slopes_only = True
+
     def __init__(
         self,
         channels: int,
@@ -160,9 +155,6 @@ class SandwichConv2dBlock(Conv2dLMIBlock):
         super().__init__(
             channels, None, *geometry, activation=activation, lipschitz=lipschitz, device=device, dtype=dtype
         )
-
-    def _accepted_sector(self) -> Sector:
-        return _in_zero_one(self)
 
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
         shape = (self.outputs, self.outputs + self.sizes[0], self.taps, self.taps)
@@ -212,6 +204,8 @@ class LBDN(DenseLMIBlock):
     ([(9, 6), (7, 9)], 5.0)
     """
 
+    unit_slopes_only = True
+
     def __init__(
         self,
         features: int,
@@ -229,9 +223,6 @@ class LBDN(DenseLMIBlock):
         self.constant_bound = not learnable
         sizes = (features, hidden_features, out_features)
         super().__init__(*sizes, bias, activation=activation, lipschitz=lipschitz, device=device, dtype=dtype)
-
-    def _accepted_sector(self) -> Sector:
-        return _in_zero_one(self)
 
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
         rows = [*self.sizes[1:], self.outputs]
