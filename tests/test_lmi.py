@@ -229,9 +229,9 @@ def test_a_circular_image_that_the_stride_does_not_divide_is_refused():
 
 
 def free_matrix(X: Tensor) -> Tensor:
-    """V with X = V R⁻ᵀ, RRᵀ = VᵀV + I: I − XᵀX = R⁻¹R⁻ᵀ."""
-    inverse = torch.linalg.cholesky(torch.eye(X.shape[-1]).double() - X.mT @ X)
-    return X @ inverse.inverse().mT
+    """V with X = T⁻¹V, TTᵀ = VVᵀ + I: I − XXᵀ = T⁻¹T⁻ᵀ."""
+    inverse = torch.linalg.cholesky(torch.eye(len(X)).double() - X @ X.mT)
+    return torch.linalg.solve_triangular(inverse, X, upper=False)
 
 
 def as_ldlt(weights: ExplicitWeights, lipschitz: float) -> ExplicitWeights:
@@ -240,7 +240,7 @@ def as_ldlt(weights: ExplicitWeights, lipschitz: float) -> ExplicitWeights:
     A = torch.zeros(B.shape[0], C.shape[1]).double() if weights.skip is None else weights.skip
     V = free_matrix(multiplier.sqrt()[:, None] * C / (math.sqrt(2) * lipschitz))
     T = torch.linalg.cholesky(V @ V.mT + torch.eye(len(V)).double())
-    X_B = (B + A @ C.mT * multiplier / lipschitz**2) @ (T / (math.sqrt(2) * multiplier.sqrt()[:, None]))
+    X_B = (B + A @ C.mT * multiplier / lipschitz**2) @ (T.mT / (math.sqrt(2) * multiplier.sqrt()[:, None]))
     V_out = free_matrix(torch.cat([A / lipschitz, X_B], 1))
     return ldlt_weights([V], V_out, [multiplier], lipschitz, Sector(0.0, 1.0), True)
 

@@ -52,11 +52,11 @@ def _reset_skip(block: Block) -> None:
 class LDLTSequential(DenseLMIBlock):
     r"""LDLT-L, an 𝓛-Lipschitz network without skip: w_l = σ(C_l w_{l−1} + b_l), y = B w_n + b, whole layers at once.
 
-    C_l = √2/(β − m) Λ_l^(−½) X_l F_{l−1}⁻¹, B = X_{n+1}F_n⁻¹ with the strict contractions X_l = V_l R_l⁻ᵀ,
-    R_l R_lᵀ = V_lᵀV_l + I, and F_0 = I/𝓛, F_l = Λ_l^(−½) T_l/√2, T_l T_lᵀ = ρ²V_l V_lᵀ + I, ρ = (β + m)/(β − m), for
-    an activation with slopes in [m, β]. Every network that strictly satisfies the LMI is reached. Contraction with
-    constant 𝓛 (1-Lipschitz for 𝓛 = 1). Signal gain at initialisation is 0.7 for one layer of ReLU, and halves every two
-    layers; with MaxMin 0.99 for each. Cost: for each layer two Cholesky factorisations and solves in float64.
+    For slopes in [0, 1], C_l = √2 Λ_l^(−½) T_l⁻¹V_l F_{l−1}⁻¹ and B = T_{n+1}⁻¹V_{n+1}F_n⁻¹, T_l T_lᵀ = V_l V_lᵀ + I,
+    F_0 = I/𝓛, F_l = Λ_l^(−½) T_lᵀ/√2; other slopes in `liplayers.linalg.lmi.ldlt_weights`. Every network that strictly
+    satisfies the LMI is reached. Contraction with constant 𝓛 (1-Lipschitz for 𝓛 = 1). Signal gain at initialisation is
+    0.7 for one layer of ReLU, and halves every two layers; with MaxMin 0.99 for each. Cost: for each layer a Cholesky
+    factorisation and two solves in float64 (two and three where the slopes are not in [0, β]).
 
     Args:
         features: size of the input.
@@ -109,8 +109,8 @@ class LDLTBlock(DenseLMIBlock):
     w_n: for one layer and slopes in [0, 1], C = √2 𝓛 Λ^(−½) X_1, A = 𝓛X_A, B = X_B F_1⁻¹ − X_A CᵀΛ/𝓛 (see
     `liplayers.linalg.lmi.ldlt_weights` for n layers). Every block that strictly satisfies the LMI is reached: X_A → I,
     X_B = 0 is the SLL block x − CᵀΛσ(Cx + b), X_A = 0 the sandwich layer. Contraction with constant 𝓛 (1-Lipschitz for
-    𝓛 = 1). Signal gain at initialisation is 0.98. Cost: for each layer two Cholesky
-    factorisations and solves in float64, and one of the sum of input and last hidden size.
+    𝓛 = 1). Signal gain at initialisation is 0.98. Cost: a Cholesky factorisation
+    and two solves in float64 for each layer and for [A B].
 
     Args:
         features: size of the input.

@@ -93,15 +93,16 @@ def _from_right(X: Tensor, L: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(L.mH, X, upper=True, left=False)
 
 
-def strict_contraction(V: Tensor) -> tuple[Tensor, Tensor]:
-    """X = V R⁻ᴴ with RRᴴ = VᴴV + I, and R: ‖X‖ < 1, and every strict contraction X is that of some V.
+def strict_contraction(V: Tensor) -> Tensor:
+    """X = T⁻¹V with TTᴴ = VVᴴ + I, or V R⁻ᴴ with RRᴴ = VᴴV + I where that is smaller: ‖X‖ < 1; every such X is reached.
 
-    >>> X, R = strict_contraction(torch.tensor([[3.0]], dtype=torch.float64))
+    >>> X = strict_contraction(torch.tensor([[3.0]], dtype=torch.float64))
     >>> round(X.item() ** 2, 3)
     0.9
     """
-    R = _ridged(V.mH @ V)
-    return _from_right(V, R), R
+    if V.shape[-2] > V.shape[-1]:
+        return _from_right(V, _ridged(V.mH @ V))
+    return torch.linalg.solve_triangular(_ridged(V @ V.mH), V, upper=False)
 
 
 def ldlt_weights(
@@ -115,19 +116,19 @@ def ldlt_weights(
     """Weights that satisfy the inequality, by a block LDLᵀ factorisation; all that satisfy it strictly are reached.
 
     The form without |A x + B w_n|² is positive definite, as it exceeds that square. It is block tridiagonal in x, w_1
-    and so on, and the pivot of its block l is P_l = F_l⁻ᵀF_l⁻¹ before C_{l+1} enters. With X = V R⁻ᵀ the strict
-    contraction that V stands for, ρ = (β + m)/(β − m), RRᵀ = VᵀV + I, SSᵀ = ρ²VᵀV + I, TTᵀ = ρ²VVᵀ + I,
+    and so on, and the pivot of its block l is P_l = F_l⁻ᵀF_l⁻¹ before C_{l+1} enters. With ρ = (β + m)/(β − m),
+    T_l T_lᵀ = ρ²V_l V_lᵀ + I, Y_l = T_l⁻¹V_l, M_l M_lᵀ = I − 4mβ/(β − m)² Y_lᵀY_l (the identity for m = 0),
 
-        F_0 = I/𝓛,   C_l = √2/(β − m) Λ_l^(−½) X_l F_{l−1}⁻¹,   F_l = Λ_l^(−½) T_l/√2.
+        F_0 = I/𝓛,   C_l = √2/(β − m) Λ_l^(−½) Y_l M_l⁻ᵀ F_{l−1}⁻¹,   F_l = Λ_l^(−½) T_lᵀ/√2.
 
-    Without skip B = X F_n⁻¹. With it, A and B may be whatever the rest of the form, once w_1, …, w_{n−1} are minimised
-    away, leaves in x and w_n: with [X_A X_B] the strict contraction that [V_A V_B] stands for,
+    Without skip B = X F_n⁻¹, X the strict contraction that V_B stands for. With it, A and B may be whatever the rest of
+    the form, once w_1, …, w_{n−1} are minimised away, leaves in x and w_n: with [X_A X_B] from [V_A V_B],
 
-        u_0 = S_1⁻¹R_1F_0ᵀ,   u_l = ρ S_{l+1}⁻¹R_{l+1}T_lᵀV_lS_l⁻ᵀ u_{l−1},   Σ_{l<n} u_lᵀu_l = L_u L_uᵀ,
-        A = X_A L_u⁻¹,   B = X_B F_n⁻¹ − √2 ρ A u_{n−1}ᵀS_n⁻¹V_nᵀΛ_n^½.
+        u_0 = M_1F_0ᵀ,   u_l = ρ M_{l+1}T_lY_l u_{l−1},   Σ_{l<n} u_lᵀu_l = L Lᵀ,
+        A = X_A L⁻¹,   B = X_B F_n⁻¹ − √2 ρ A u_{n−1}ᵀY_nᵀΛ_n^½.
 
-    For n = 1 and slopes in [0, 1], A = 𝓛X_A and B = X_B F_1⁻¹ − X_A CᵀΛ/𝓛: with X_A → 𝓛I, X_B = 0 that is the SLL block
-    x − CᵀΛσ(Cx + b), with X_A = 0 the sandwich layer.
+    For n = 1 and slopes in [0, 1], A = 𝓛X_A and B = X_B F_1⁻¹ − X_A CᵀΛ/𝓛: with X_A → I, X_B = 0 that is the SLL block
+    𝓛x − CᵀΛσ(Cx + b)/𝓛, with X_A = 0 the sandwich layer.
 
     With skip, V_1 … V_{n−1} are shortened to norms whose product is at most `LARGEST`: larger ones would leave A
     nothing.
@@ -146,32 +147,35 @@ def ldlt_weights(
     Source: Juston et al. 2025 (arXiv 2512.05915) for the factorisation without skip. Theirs with skip is not feasible;
     eliminating x with A first makes it so, but asks for C_l that would be feasible with B = 0, which SLL's are not.
     """
-    rho = (sector.high + sector.low) / (sector.high - sector.low)
-    scale = math.sqrt(2) / (sector.high - sector.low)
-    F, upper = torch.eye(V_inner[0].shape[-1], dtype=V_outgoing.dtype, device=V_outgoing.device) / lipschitz, True
-    inner, past, u = [], [], F.mH  # past: u_0, u_1, …; u becomes the next one
+    m, beta = sector
+    rho, scale, c = (beta + m) / (beta - m), math.sqrt(2) / (beta - m), 4 * m * beta / (beta - m) ** 2
+    eye = torch.eye(V_inner[0].shape[-1], dtype=V_outgoing.dtype, device=V_outgoing.device)
+    F = eye / lipschitz
+    inner, past, u = [], [], F  # past: u_0, u_1, …; u becomes the next one
     growth = LARGEST ** (1 / max(1, len(V_inner) - 1))  # of u_l in each layer, lest they differ by more than `LARGEST`
     for i, (V, multiplier) in enumerate(zip(V_inner, multipliers, strict=True)):
         root = multiplier.sqrt().to(V.dtype)
         if skip and 1 < len(V_inner) != i + 1:
             V = V * (growth / gram_iteration_bound(V, iterations=3)[..., None, None].clamp_min(growth))
-        X, R = strict_contraction(V)
-        inner.append(scale * torch.linalg.solve_triangular(F, X, upper=upper, left=False) / root[:, None])
         T = _ridged(rho**2 * (V @ V.mH))
-        F, upper = T / (math.sqrt(2) * root[:, None]), False
+        X = Y = torch.linalg.solve_triangular(T, V, upper=False)
+        if c != 0:
+            M = _ridged(-c * (Y.mH @ Y))
+            X, u = _from_right(Y, M), M @ u if skip else u
+        inner.append(scale * torch.linalg.solve_triangular(F, X, upper=True, left=False) / root[:, None])
+        F = T.mH / (math.sqrt(2) * root[:, None])
         if skip:
-            S = R if abs(rho) == 1 else _ridged(rho**2 * (V.mH @ V))
-            past.append(u if S is R else torch.linalg.solve_triangular(S, R @ u, upper=False))
-            coupling = rho * _from_right(V, S) @ past[-1]
-            u = T.mH @ coupling
+            past.append(u)
+            coupling = rho * (Y @ u)
+            u = T @ coupling
+    X = strict_contraction(V_outgoing)
     if not skip:
-        X, _ = strict_contraction(V_outgoing)
-        outgoing = torch.linalg.solve_triangular(F, X, upper=False, left=False)
-        return ExplicitWeights(tuple(inner), outgoing, None, tuple(multipliers))
-    X_skip, X = strict_contraction(V_outgoing)[0].split([V_inner[0].shape[-1], F.shape[-1]], -1)
+        B = torch.linalg.solve_triangular(F, X, upper=True, left=False)
+        return ExplicitWeights(tuple(inner), B, None, tuple(multipliers))
+    X_skip, X = X.split([eye.shape[-1], F.shape[-1]], -1)
     L = cholesky(sum((u.mH @ u for u in past[1:]), past[0].mH @ past[0]))
     A = torch.linalg.solve_triangular(L, X_skip, upper=False, left=False)
-    B = torch.linalg.solve_triangular(F, X, upper=False, left=False) - math.sqrt(2) * (A @ coupling.mH) * root
+    B = torch.linalg.solve_triangular(F, X, upper=True, left=False) - math.sqrt(2) * (A @ coupling.mH) * root
     return ExplicitWeights(tuple(inner), B, A, tuple(multipliers))
 
 
