@@ -1,7 +1,8 @@
 """Activations that keep the Lipschitz constant, and the slope ranges that residual proofs need.
 
 A slope range (m, β) says that (σ(a) − σ(b))/(a − b) ∈ [m, β] for each entry on its own. Sorting activations have
-none: they are 1-Lipschitz as maps of the whole vector, which is not enough for SLL, CPL, Sandwich or LDLT.
+none: they are 1-Lipschitz as maps of the whole vector, which is not enough for SLL, CPL or Sandwich; LDLT takes them
+with multipliers that are equal within each group (`sector`, `tied_channels`).
 """
 
 from __future__ import annotations
@@ -341,14 +342,15 @@ def sector(owner: object, activation: nn.Module) -> Slopes:
     >>> sector(None, nn.LeakyReLU(-0.1)), sector(None, MaxMin())
     ((-0.1, 1.0), (-1.0, 1.0))
     """
+    if type(activation) in (*TIED, BetaAbs) and activation.dim != 1:
+        raise ArgumentError(f"{type(owner).__name__}: activation={activation}; expected its channels in dim=1")
     if type(activation) in TIED:
-        if activation.dim != 1:
-            raise ArgumentError(f"{type(owner).__name__}: activation={activation}; expected its channels in dim=1")
         return -1.0, 1.0
     slopes = slope_range(activation)
     if slopes is None or slopes[1] <= 0:
+        mode = "in training mode " if activation.training and isinstance(activation, nn.RReLU) else ""
         raise ArgumentError(
-            f"{type(owner).__name__}: activation={activation} has no known range of slopes with a positive end; "
+            f"{type(owner).__name__}: activation={activation} has {mode}no known range of slopes with a positive end; "
             f"use nn.ReLU(), nn.Tanh(), nn.GELU(), Abs() or MaxMin()"
         )
     return min(slopes[0], 0.0), slopes[1]
@@ -407,6 +409,10 @@ def get_activation(name: str | Callable[[], nn.Module]) -> nn.Module:
     >>> get_activation("maxmin")
     MaxMin(dim=1)
     """
+    if isinstance(name, nn.Module):
+        raise ArgumentError(
+            f"activation={name}: expected a name, a class or a function, which makes one for each place"
+        )
     if callable(name):
         return name()
     if not isinstance(name, str) or name not in ACTIVATIONS:

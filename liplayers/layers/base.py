@@ -90,8 +90,7 @@ class ParametrizedModule(LipschitzModule):
         Where gradients with respect to the raw parameters are needed, it is computed afresh at each call (once inside
         `cached()`); otherwise once, until a raw parameter changes in any way.
         """
-        # inside torch.func transforms a parameter stands for many, or for one that is being differentiated
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch.compiler.is_compiling() or _in_func_transform():
             return self._compute(*key)
         raw = [getattr(self, name) for name in self.raw_names]
         if torch.is_grad_enabled() and any(p.requires_grad for p in raw):
@@ -174,6 +173,11 @@ def exact_precision(device: torch.device) -> Iterator[None]:
     finally:
         for backend, precision in settings:
             backend.fp32_precision = precision
+
+
+def _in_func_transform() -> bool:
+    """Whether torch.func transforms run: then a parameter stands for many, or for one to differentiate by."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _versions(value: Any) -> tuple[int, ...]:

@@ -296,6 +296,14 @@ def run_conv2d(x: Tensor, kernel: Tensor, bias: Tensor | None, conv: LipschitzCo
     return F.conv2d(x, kernel, bias, conv.stride, padding, conv.dilation, conv.groups)
 
 
+def check_transformed(owner: object, x: Tensor, dtype: torch.dtype) -> None:
+    """Raise ArgumentError for an image of another dtype: a transform of integers would be rounded to integers again."""
+    if x.dtype != dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        raise ArgumentError(
+            f"{type(owner).__name__}: got an input of {x.dtype}, its parameters are of {dtype}; cast one to the other"
+        )
+
+
 class FourierConv2d(LipschitzConv2d):
     """A convolution that is a contraction at each frequency; subclasses implement `map_transfer`.
 
@@ -369,12 +377,7 @@ class FourierConv2d(LipschitzConv2d):
 
     def _check_input(self, x: Tensor) -> None:
         super()._check_input(x)
-        # a transform of integers would be rounded to integers again
-        if x.dtype != self.raw.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-            raise ArgumentError(
-                f"{type(self).__name__}: got an input of {x.dtype}, its parameters are of {self.raw.dtype}; "
-                f"cast one to the other"
-            )
+        check_transformed(self, x, self.raw.dtype)
 
     def convolve(self, x: Tensor, out: tuple[int, int]) -> Tensor:
         """The linear part on a batch of images of float32 at least, cropped to the size `out`."""

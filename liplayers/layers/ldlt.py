@@ -1,9 +1,9 @@
 """LDLT networks: weights from a block LDLᵀ factorisation of the Lipschitz LMI (Juston et al. 2025, arXiv 2512.05915).
 
 Differs from the public code, whose residual form reaches 1.36 to 1.58 times its promise and whose sequential form holds
-for 𝓛 = 1 only. Skip and last weight are chosen together, after the inner weights: so every residual network that
-strictly satisfies the LMI is reached, SLL blocks and sandwich layers among them. Any 𝓛, any range of slopes, learned
-multipliers; factorisations are in float64, and the bound is proven again for the weights that run.
+for 𝓛 = 1 only. Skip and last weight are chosen together, after the inner weights: so all that strictly satisfies the
+LMI is reached (within limits that float64 sets), SLL blocks and sandwich layers among them. Any 𝓛, any range of slopes
+(widened to hold 0), learned multipliers; factorisations are in float64, and the bound is proven for what runs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from liplayers.layers.lmi import Conv2dLMIBlock, DenseLMIBlock, orthogonal_
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.lmi import ExplicitWeights, ldlt_weights, limited
+from liplayers.linalg.orthogonal import to_double
 
 __all__ = ["LDLTBlock", "LDLTConv2dBlock", "LDLTSequential"]
 
@@ -30,7 +31,7 @@ def _shapes(block: Block, skip: bool, taps: tuple[int, ...] = ()) -> dict[str, t
 
 
 def _explicit(block: Block, matrices: list[Tensor], logs: Tensor, skip: bool) -> ExplicitWeights:
-    *inner, outgoing = (limited(SCALE * matrix) for matrix in matrices)
+    *inner, outgoing = (limited(SCALE * to_double(matrix)) for matrix in matrices)
     return ldlt_weights(inner, outgoing, block.multipliers(logs), block.lipschitz, block.sector, skip)
 
 
@@ -64,7 +65,7 @@ class LDLTSequential(DenseLMIBlock):
         out_features: default `features`.
         bias: whether b_l and b are there.
         activation: entrywise with known slopes, or MaxMin, GroupSort, Householder (whose groups share a multiplier);
-            default ReLU.
+            default ReLU. The weights are made for the slopes that it has now: the bound is refused if they grow.
         lipschitz: 𝓛.
         device, dtype: of the parameters.
 
@@ -107,10 +108,11 @@ class LDLTBlock(DenseLMIBlock):
 
     C_l as in `LDLTSequential`; then [A B] is any strict contraction times a factor of what the LMI leaves for x and
     w_n: for one layer and slopes in [0, 1], C = √2 𝓛 Λ^(−½) X_1, A = 𝓛X_A, B = X_B F_1⁻¹ − X_A CᵀΛ/𝓛 (see
-    `liplayers.linalg.lmi.ldlt_weights` for n layers). Every block that strictly satisfies the LMI is reached: X_A → I,
-    X_B = 0 is the SLL block x − CᵀΛσ(Cx + b), X_A = 0 the sandwich layer. Contraction with constant 𝓛 (1-Lipschitz for
-    𝓛 = 1). Signal gain at initialisation is 0.98. Cost: a Cholesky factorisation
-    and two solves in float64 for each layer and for [A B].
+    `liplayers.linalg.lmi.ldlt_weights` for n layers). Every block that strictly satisfies the LMI is reached, up to
+    norms of V_l of 1e3 (of 1e3^(1/(n−1)) for l < n): X_A → I, X_B = 0, 𝓛 = 1 is the SLL block x − CᵀΛσ(Cx + b), X_A = 0
+    the sandwich layer. Contraction with constant 𝓛 (1-Lipschitz for
+    𝓛 = 1). Signal gain at initialisation is 0.98. Cost: a Cholesky factorisation and two solves in float64 for each
+    layer and for [A B].
 
     Args:
         features: size of the input.
@@ -118,7 +120,7 @@ class LDLTBlock(DenseLMIBlock):
         out_features: default `features`.
         bias: whether b_l and b are there.
         activation: entrywise with known slopes, or MaxMin, GroupSort, Householder (whose groups share a multiplier);
-            default ReLU.
+            default ReLU. The weights are made for the slopes that it has now: the bound is refused if they grow.
         lipschitz: 𝓛.
         device, dtype: of the parameters.
 
@@ -154,8 +156,8 @@ class LDLTConv2dBlock(Conv2dLMIBlock):
 
     y = A ∗ x + B ∗ w_n + b with circular convolutions whose support is the whole image (zero padding: the image in a
     larger torus); the multipliers Λ_l are those of the channels. 𝓛-Lipschitz (1-Lipschitz for 𝓛 = 1) for every image
-    size. Signal gain at initialisation is 0.98. Cost: the factorisations of `LDLTBlock` for each frequency,
-    and n + 2 transforms.
+    size. Signal gain at initialisation is 0.98. Cost: the factorisations of `LDLTBlock` for each frequency, and n + 2
+    transforms.
 
     Args:
         channels: of the input.

@@ -15,16 +15,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError, ShapeError
-from liplayers.layers.activations import require_slope_range, sector, tied_channels
+from liplayers.layers.activations import Householder, require_slope_range, sector, tied_channels
 from liplayers.layers.base import ParametrizedModule, check_positive, exact_precision, fill_orthogonal_
 from liplayers.layers.blocks import check_odd_kernel
-from liplayers.layers.conv import check_image
+from liplayers.layers.conv import check_image, check_transformed
 from liplayers.linalg.convolution import orthogonal_taps_
 from liplayers.linalg.fourier import fast_size, fourier_multiply, transfer_matrix
 from liplayers.linalg.lmi import ExplicitWeights, Sector, margin, proven_lipschitz
 
 Sizes = int | Sequence[int]
 LARGEST_EXPONENT = 15.0  # multipliers up to e^±15: beyond it float32 holds one end of a ratio of weights only
+SMALLEST, LARGEST = 1e-20, 1e20  # of 𝓛: beyond them weights of float32 underflow or overflow
 
 
 class _LMIModule(ParametrizedModule):
@@ -32,7 +33,6 @@ class _LMIModule(ParametrizedModule):
 
     unit_slopes_only = False  # whether the family's proof needs slopes in [0, 1]
     activation: nn.Module
-    lipschitz: float
     sizes: tuple[int, ...]  # d_0, d_1, …, d_n
     outputs: int
     hidden_bias: nn.Parameter | None
@@ -44,15 +44,41 @@ class _LMIModule(ParametrizedModule):
 
     def _configure(self, sizes: Sequence[int], outputs: int, activation: nn.Module | None, lipschitz: float) -> None:
         number = isinstance(lipschitz, (int, float)) and not isinstance(lipschitz, bool)
-        if not number or not (math.isfinite(lipschitz) and lipschitz > 0):
-            raise ArgumentError(f"{type(self).__name__}: lipschitz={lipschitz!r}; expected a positive number")
-        self.lipschitz = float(lipschitz)
+        if not number or not SMALLEST <= lipschitz <= LARGEST:
+            raise ArgumentError(
+                f"{type(self).__name__}: lipschitz={lipschitz!r}; expected a number from {SMALLEST:g} to {LARGEST:g}"
+            )
+        if not isinstance(activation, nn.Module | None):
+            raise ArgumentError(
+                f"{type(self).__name__}: activation={activation!r}; expected a module such as nn.ReLU()"
+            )
+        self._lipschitz = float(lipschitz)
         self.sizes = tuple(sizes)
         self.outputs = outputs
         self.activation = nn.ReLU() if activation is None else activation
         if self.unit_slopes_only:
             require_slope_range(self, self.activation)
-        self.sector = Sector(0.0, 1.0) if self.unit_slopes_only else Sector(*sector(self, self.activation))
+        self._sector = Sector(0.0, 1.0) if self.unit_slopes_only else Sector(*sector(self, self.activation))
+        self._groups = self._tied()
+
+    @property
+    def lipschitz(self) -> float:
+        """𝓛, as constructed: the weights are made for it."""
+        return self._lipschitz
+
+    @property
+    def sector(self) -> Sector:
+        """The range of slopes that the weights are made for."""
+        return self._sector
+
+    def _tied(self) -> list[list[int] | None]:
+        """For each hidden layer the group of each channel, whose multipliers are equal; None where all are free."""
+        if isinstance(self.activation, Householder) and set(self.sizes[1:]) != {self.activation.channels}:
+            raise ArgumentError(
+                f"{type(self).__name__}: activation={self.activation} for hidden sizes {self.sizes[1:]}; expected one "
+                f"of as many channels"
+            )
+        return [tied_channels(self.activation, size) for size in self.sizes[1:]]
 
     def _make_parameters(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         self._make_raw(device, dtype)
@@ -66,20 +92,16 @@ class _LMIModule(ParametrizedModule):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def multiplier_groups(self) -> list[list[int] | None]:
-        """For each hidden layer the group of each channel, whose multipliers are equal; None where all are free."""
-        return [tied_channels(self.activation, size) for size in self.sizes[1:]]
-
     def multiplier_count(self) -> int:
         """How many multipliers are free."""
-        groups = zip(self.multiplier_groups(), self.sizes[1:], strict=True)
+        groups = zip(self._groups, self.sizes[1:], strict=True)
         return sum(size if group is None else max(group) + 1 for group, size in groups)
 
     def multipliers(self, logarithms: Tensor) -> tuple[Tensor, ...]:
         """The diagonals of Λ_1 … Λ_n from the logarithms of the free ones."""
         free = logarithms.double().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()
         found = []
-        for group, size in zip(self.multiplier_groups(), self.sizes[1:], strict=True):
+        for group, size in zip(self._groups, self.sizes[1:], strict=True):
             count = size if group is None else max(group) + 1
             part, free = free[:count], free[count:]
             found.append(part if group is None else part[torch.tensor(group, device=part.device)])
@@ -91,7 +113,8 @@ class _LMIModule(ParametrizedModule):
         at_least_single = torch.promote_types(dtype, torch.float32)
         executed = weights.shrunk(1 - margin(size, at_least_single)).executed()
         # transforms exist in single precision at least
-        return tuple(w.to(at_least_single.to_complex() if w.is_complex() else dtype) for w in executed)
+        transformed = torch.complex128 if at_least_single == torch.float64 else torch.complex64
+        return tuple(w.to(transformed if w.is_complex() else dtype) for w in executed)
 
     def compute_effective(self, *key: int) -> tuple[Tensor, ...]:
         return self._rounded(self.explicit_weights(*key), self.raw.dtype)
@@ -103,6 +126,11 @@ class _LMIModule(ParametrizedModule):
             raise ArgumentError(
                 f"{type(self).__name__}: activation={self.activation} has slopes in [{low:g}, {high:g}], the weights "
                 f"are made for [{self.sector.low:g}, {self.sector.high:g}]; build a new layer with this activation"
+            )
+        if self._tied() != self._groups:
+            raise ArgumentError(
+                f"{type(self).__name__}: activation={self.activation} couples other channels than the one that the "
+                f"weights are made for; build a new layer with this activation"
             )
 
     def _hidden_biases(self) -> Sequence[Tensor | None]:
@@ -140,7 +168,7 @@ class DenseLMIBlock(_LMIModule):
         self._make_parameters(bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x if x.dim() == 2 else x.reshape(-1, self.features)  # activations act on dimension 1
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # activations act on dimension 1
         weights = self.effective()
         n = len(self.sizes) - 1
         w = flat
@@ -156,9 +184,8 @@ class DenseLMIBlock(_LMIModule):
         self._check_sector()
         dtype = self.executed_dtype()
         with torch.no_grad(), exact_precision(self.raw_device):
-            weights = self.explicit_weights()
-            run = [w.to(dtype).double() for w in self._rounded(weights, self.raw.dtype)]
-            return proven_lipschitz(weights.with_executed(run), self.target(), self.sector)
+            run = [w.to(dtype).double() for w in self.effective()]
+            return proven_lipschitz(self.explicit_weights().with_executed(run), self.target(), self.sector)
 
     def target(self) -> float:
         """The Lipschitz constant that the weights are made for."""
@@ -176,7 +203,8 @@ class Conv2dLMIBlock(_LMIModule):
 
     The image, with zeros for zero padding, is pixel-unshuffled by the stride and put on the torus; embedding and
     cropping are contractions. As the activation acts on each pixel, the multipliers are the same at all frequencies,
-    and the sum of the forms over the frequencies is the form of the whole. Nothing depends on the size of the image.
+    and the sum of the forms over the frequencies is the form of the whole. Parameters and bound do not depend on the
+    size of the image.
     """
 
     def __init__(
@@ -221,6 +249,7 @@ class Conv2dLMIBlock(_LMIModule):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(self, x, self.channels)
+        check_transformed(self, x, self.raw.dtype)
         image = x if x.dim() == 4 else x[None]
         with exact_precision(x.device):
             y = self._run(image.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
@@ -266,10 +295,10 @@ def hidden_sizes(owner: object, name: str, value: Sizes | None, default: int) ->
     """One size or several as a tuple, each checked."""
     given = default if value is None else value
     sizes = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
-    if not sizes:
-        raise ArgumentError(f"{type(owner).__name__}: {name}={value!r}; expected at least one size")
-    for size in sizes:
-        check_positive(owner, **{name: size})
+    if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+        raise ArgumentError(
+            f"{type(owner).__name__}: {name}={value!r}; expected an integer of at least 1, or several in a list"
+        )
     return sizes
 
 

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from liplayers.layers.lmi import Conv2dLMIBlock, DenseLMIBlock, Sizes, orthogonal_
+from liplayers.errors import ArgumentError
+from liplayers.layers.lmi import LARGEST, SMALLEST, Conv2dLMIBlock, DenseLMIBlock, Sizes, orthogonal_
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.lmi import ExplicitWeights
 from liplayers.linalg.orthogonal import cayley, to_double
@@ -219,6 +220,8 @@ class LBDN(DenseLMIBlock):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if not isinstance(learnable, bool):
+            raise ArgumentError(f"LBDN: learnable={learnable!r}; expected True or False")
         self.learnable = learnable
         self.constant_bound = not learnable
         sizes = (features, hidden_features, out_features)
@@ -244,7 +247,7 @@ class LBDN(DenseLMIBlock):
 
     def explicit_weights(self) -> ExplicitWeights:
         values = dict(zip(self.raw_names, self.raw_values(), strict=True))
-        gamma = values["log_lipschitz"].double().exp() if self.learnable else self.lipschitz
+        gamma = self._gamma(values["log_lipschitz"]) if self.learnable else self.lipschitz
         psi = [multiplier.sqrt() for multiplier in self.multipliers(values["log_multiplier"])]
         pairs = [_pair(raw) for name, raw in values.items() if name.startswith("raw")]
         end = math.sqrt(2) * gamma**0.5
@@ -257,8 +260,12 @@ class LBDN(DenseLMIBlock):
             tuple(inner), end * (last @ A.mT) * psi[-1], None, tuple(gamma * p.square() for p in psi)
         )
 
+    @staticmethod
+    def _gamma(logarithm: Tensor) -> Tensor:
+        return logarithm.double().clamp(math.log(SMALLEST), math.log(LARGEST)).exp()
+
     def target(self) -> float:
-        return self.get_parameter("log_lipschitz").double().exp().item() if self.learnable else self.lipschitz
+        return self._gamma(self.get_parameter("log_lipschitz")).item() if self.learnable else self.lipschitz
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", learnable=True" if self.learnable else "")

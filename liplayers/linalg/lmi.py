@@ -67,7 +67,7 @@ class ExplicitWeights(NamedTuple):
         return ExplicitWeights(tuple(C * r for C in self.inner), self.outgoing * r, A, self.multipliers)
 
 
-LARGEST = 1e3  # norm of V beyond which the 1 in VᴴV + I would be lost to rounding in float64
+LARGEST = 1e3  # norm of V: VVᴴ + I has a condition of 1e6, which costs six digits of float64
 
 
 def limited(V: Tensor) -> Tensor:
@@ -130,8 +130,8 @@ def ldlt_weights(
     For n = 1 and slopes in [0, 1], A = 𝓛X_A and B = X_B F_1⁻¹ − X_A CᵀΛ/𝓛: with X_A → I, X_B = 0 that is the SLL block
     𝓛x − CᵀΛσ(Cx + b)/𝓛, with X_A = 0 the sandwich layer.
 
-    With skip, V_1 … V_{n−1} are shortened to norms whose product is at most `LARGEST`: larger ones would leave A
-    nothing.
+    With skip and n > 1, V_1 … V_{n−1} are shortened to norms of `LARGEST`^(1/(n−1)) each, where a bound of their norm
+    is above it: larger ones would leave A nothing. What is reached is what is possible within that.
 
     Args:
         V_inner: (..., d_l, d_{l−1}) for each layer.
@@ -209,11 +209,11 @@ def is_proven(weights: ExplicitWeights, lipschitz: float, sector: Sector) -> boo
     """Whether the inequality holds, by a Cholesky factorisation in floating point.
 
     One of M − cI that runs to its end proves M ⪰ 0 where c exceeds the rounding of the factorisation, (N + 1)·ε·trace
-    (Rump 2006), and that of the entries of M.
+    (Rump 2006), and that of the entries of M, sums of as many terms as the output and the layers have entries.
     """
     M = lmi_matrix(weights, lipschitz, sector)
     N = M.shape[-1]
-    M.diagonal(dim1=-2, dim2=-1).sub_(4 * N * (N + 1) * torch.finfo(M.dtype).eps)
+    M.diagonal(dim1=-2, dim2=-1).sub_(4 * N * (N + 1 + weights.outgoing.shape[-2]) * torch.finfo(M.dtype).eps)
     return bool(
         (torch.linalg.cholesky_ex(M)[1] == 0).all()
         and torch.isfinite(torch.view_as_real(M) if M.is_complex() else M).all()
@@ -235,7 +235,7 @@ def proven_lipschitz(weights: ExplicitWeights, lipschitz: float, sector: Sector)
     while eta < 1:
         growth = (1 + eta) ** (len(weights.inner) + 1)
         if is_proven(weights.shrunk(1 / (1 + eta), 1 / growth), lipschitz, sector):
-            return lipschitz * growth * (1 + 1e-14)
+            return lipschitz * growth * (1 + (len(weights.inner) + 8) * 2.3e-16)  # rounding of the power
         eta *= 2
     return math.inf
 
