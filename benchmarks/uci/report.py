@@ -210,19 +210,19 @@ def critical_difference_plot(methods: Sequence[str], ranks: Sequence[float], dif
 
 
 def mean_plot(scores: Scores) -> Figure:
-    """Certified accuracy, mean over sets, over the radius."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    for j, method in enumerate(scores.methods):
-        axes.plot((0, *RADII), 100 * scores.values[:, j].mean(0), marker="o", markersize=4, label=method)
-    axes.set(
-        xlabel=r"$\ell_2$ radius · 255, standardised features",
-        ylabel="certified accuracy (%)",
-        title=f"mean over {len(scores.sets)} sets; radius 0 is clean accuracy",
-        xticks=(0, *RADII),
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
+    """Certified accuracy, mean over sets, over the radius; and its difference to the rival's, if that is there."""
+    means = 100 * scores.values.mean(0)  # (methods, metrics)
+    panels = [("certified accuracy (%)", means)]
+    if RIVAL in scores.methods:
+        panels.append((f"difference to {RIVAL} (points)", means - means[scores.methods.index(RIVAL)]))
+    figure = Figure(figsize=(5.4 * len(panels), 4.2), layout="constrained")
+    for axes, (label, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for method, line in zip(scores.methods, values, strict=True):
+            axes.plot((0, *RADII), line, marker="o", markersize=4, label=method)
+        axes.set(xlabel=r"$\ell_2$ radius · 255, standardised features", ylabel=label, xticks=(0, *RADII))
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.suptitle(f"mean over {len(scores.sets)} sets; radius 0 is clean accuracy")
     return figure
 
 
@@ -233,7 +233,10 @@ def _write_csv(path: Path, results: Sequence[Result]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         rows.writeheader()
-        rows.writerows(result | model for result in results for model in result["models"])
+        for result in results:
+            for model in result["models"]:
+                short = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in model.items()}
+                rows.writerow(result | short)
 
 
 def text_writer(text: str) -> Callable[[Path], None]:
