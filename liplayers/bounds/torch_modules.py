@@ -7,14 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import nn
 
 from liplayers.errors import UnknownBoundError
 from liplayers.layers.activations import slope_range
-from liplayers.linalg.convolution import autocorrelation, conv_norm_bound, overlap, polyphase
-from liplayers.linalg.norms import spectral_norm_bound
-from liplayers.linalg.stiefel import near_isometry_bound
+from liplayers.linalg.convolution import overlap
+from liplayers.linalg.verified import conv_norm_enclosure, norm_enclosure
 
 Shape = tuple[int, ...]
 Rule = Callable[[Any, "Shape | None"], float]
@@ -29,10 +27,7 @@ def _isometry(module: nn.Module, shape: Shape | None) -> float:
 
 
 def _linear(module: nn.Linear, shape: Shape | None) -> float:
-    W = module.weight.double()
-    bound = torch.minimum(near_isometry_bound(W), spectral_norm_bound(W))  # the first is tight for orthogonal weights
-    rounding = max(W.shape) * torch.finfo(W.dtype).eps * W.square().sum()  # of its Gram matrix
-    return (bound.square() + rounding).sqrt().item()
+    return norm_enclosure(module.weight).upper
 
 
 def _conv2d(module: nn.Conv2d, shape: Shape | None) -> float:
@@ -53,25 +48,12 @@ def _conv2d(module: nn.Conv2d, shape: Shape | None) -> float:
             )
     elif module.padding_mode != "zeros":
         raise UnknownBoundError(f"padding_mode={module.padding_mode!r}, known are 'zeros' and 'circular'")
-    return _kernel_norm(module.weight, stride, dilation, module.groups)
+    return conv_norm_enclosure(module.weight, stride, dilation, module.groups).upper
 
 
 def _conv_transpose2d(module: nn.ConvTranspose2d, shape: Shape | None) -> float:
     """The norm of its adjoint, a convolution with the same kernel."""
-    return _kernel_norm(module.weight, _pair(module.stride), _pair(module.dilation), module.groups)
-
-
-def _kernel_norm(weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int], groups: int) -> float:
-    """The lesser of `conv_norm_bound` and √(1 + Σ_lags ‖E‖_F), E = autocorrelation − δ, tight where orthogonal."""
-    kernel = rearrange(weight.detach().double(), "(g o) i a b -> g o i a b", g=groups)
-    kernel = polyphase(kernel, stride, dilation)
-    E = autocorrelation(kernel, "in" if kernel.shape[2] <= kernel.shape[1] else "out")
-    kh, kw = kernel.shape[-2:]
-    E[..., kh - 1, kw - 1].diagonal(dim1=-2, dim2=-1).sub_(1)
-    rounding = kernel[0].numel() * E[0, 0, 0].numel() * torch.finfo(E.dtype).eps * kernel.square().sum((1, 2, 3, 4))
-    residual = (1 + torch.linalg.matrix_norm(E, dim=(1, 2)).sum((1, 2)) + rounding).amax().sqrt().item()
-    single_tap = kernel.shape[-2:] == (1, 1)  # the symbol is constant
-    return min(residual, conv_norm_bound(weight, stride, dilation, groups, grid=1 if single_tap else 32))
+    return conv_norm_enclosure(module.weight, _pair(module.stride), _pair(module.dilation), module.groups).upper
 
 
 def _overlaps(module: nn.MaxPool2d | nn.AvgPool2d) -> float:

@@ -20,10 +20,11 @@ from liplayers.layers.activations import TIED, Householder, fold, require_slope_
 from liplayers.layers.base import LipschitzModule, exact_precision
 from liplayers.layers.containers import Container
 from liplayers.layers.soc import polynomial
-from liplayers.linalg.convolution import autocorrelation, conv_norm_bound, row_sum_bound
+from liplayers.linalg.convolution import autocorrelation, row_sum_bound
 from liplayers.linalg.fourier import fourier_multiply
 from liplayers.linalg.lmi import ExplicitWeights, Sector, proven_lipschitz
 from liplayers.linalg.norms import frobenius_norm, gram, gram_iteration_bound, minus_identity_
+from liplayers.linalg.verified import conv_norm_enclosure
 
 Size = tuple[int, int]
 
@@ -236,7 +237,7 @@ class FrozenResidualBlock(_FrozenBlock):
 def _conv_norm(W: Tensor) -> float:
     """The norm of the map with a dense weight or a kernel, from above."""
     kernel = W if W.dim() == 4 else W[..., None, None]
-    norm = conv_norm_bound(kernel, grid=32 if kernel[0, 0].numel() > 1 else 1)
+    norm = conv_norm_enclosure(kernel).upper
     return min(norm, math.sqrt(_perron_bound(autocorrelation(kernel[None], "out")[0].abs().sum((2, 3)))))
 
 
