@@ -59,3 +59,11 @@ class CheckpointError(LipschitzError, ValueError):
 
 class OutputError(LipschitzError, OSError):
     """A file or folder that cannot be written."""
+
+
+class ExportError(LipschitzError, RuntimeError):
+    """A model that cannot be exported, or whose export computes something else."""
+
+
+class MissingPackageError(LipschitzError, ImportError):
+    """An optional package that is not installed."""

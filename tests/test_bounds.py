@@ -2,12 +2,15 @@
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import liplayers as lp
+from benchmarks import bounds
+from liplayers.bounds import norm_table
 from liplayers.errors import NonFiniteError, ShapeError, UnknownBoundError
 
 
@@ -425,3 +428,50 @@ def test_damaged_normalisation_never_certifies_more(std):
     else:
         with pytest.raises(NonFiniteError):
             lp.lipschitz_bound(model, (1, 2, 2))
+
+
+# Tables of norms ------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_norms_has_a_row_for_each_explicit_weight():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        lp.MaxMin(),
+        lp.AOCConv2d(4, 4, 3, stride=2, padding=1),
+        nn.Flatten(),
+        nn.Sequential(lp.CayleyLinear(36, 8), nn.Linear(8, 3)),
+    ).eval()
+    model(torch.zeros(1, 3, 6, 6))
+    rows = norm_table(model)
+    assert [(row.path, row.type) for row in rows] == [
+        ("0", "Conv2d"),
+        ("2", "AOCConv2d"),
+        ("4.0", "CayleyLinear"),
+        ("4.1", "Linear"),
+    ]
+    assert all(0 < row.lower <= row.upper and row.seconds >= 0 for row in rows)
+    truth = torch.linalg.matrix_norm(model[4][1].weight.double(), 2).item()
+    assert rows[3].lower <= truth * (1 + 1e-13) <= rows[3].upper * (1 + 2e-13)
+    assert rows[1].upper == pytest.approx(1, abs=1e-5)
+    assert rows[2].upper == pytest.approx(1, abs=1e-5)
+
+
+def test_the_table_of_norms_names_the_weight_that_is_not_finite():
+    model = nn.Sequential(nn.Identity(), nn.Linear(2, 2))
+    nn.init.constant_(model[1].weight, math.nan)
+    with pytest.raises(NonFiniteError, match=r"1 \(Linear\): .*W contains NaN"):
+        norm_table(model)
+
+
+def test_the_benchmark_has_a_row_for_each_family_and_no_bound_below_the_norm(tmp_path, monkeypatch):
+    monkeypatch.setattr(bounds, "FAMILIES", {name: lp.FAMILIES[name] for name in ("aol", "bcop", "sll")})
+    assert bounds.main(["--quick", "--output", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "bounds_quick.csv")
+    assert set(table.family) == {"torch", "aol", "bcop", "sll"}
+    assert len(table[(table.family == "bcop") & (table.role == "conv")]) == 1  # it refuses strides
+    assert (table.norm <= table.upper * (1 + 1e-12)).all()
+    enclosed = table.dropna(subset="lower")
+    assert (enclosed.lower <= enclosed.upper).all()
+    assert set(enclosed.family) == {"torch", "aol", "bcop"}
+    text = (tmp_path / "bounds_quick.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in text for name in ("torch", "aol", "bcop", "sll"))

@@ -11,8 +11,8 @@ from torch import nn
 
 from liplayers.errors import UnknownBoundError
 from liplayers.layers.activations import slope_range
-from liplayers.linalg.convolution import conv_norm_bound, overlap
-from liplayers.linalg.norms import spectral_norm_bound
+from liplayers.linalg.convolution import overlap
+from liplayers.linalg.verified import conv_norm_enclosure, norm_enclosure
 
 Shape = tuple[int, ...]
 Rule = Callable[[Any, "Shape | None"], float]
@@ -27,7 +27,7 @@ def _isometry(module: nn.Module, shape: Shape | None) -> float:
 
 
 def _linear(module: nn.Linear, shape: Shape | None) -> float:
-    return spectral_norm_bound(module.weight).item()
+    return norm_enclosure(module.weight).upper
 
 
 def _conv2d(module: nn.Conv2d, shape: Shape | None) -> float:
@@ -48,7 +48,12 @@ def _conv2d(module: nn.Conv2d, shape: Shape | None) -> float:
             )
     elif module.padding_mode != "zeros":
         raise UnknownBoundError(f"padding_mode={module.padding_mode!r}, known are 'zeros' and 'circular'")
-    return conv_norm_bound(module.weight, stride, dilation, module.groups)
+    return conv_norm_enclosure(module.weight, stride, dilation, module.groups).upper
+
+
+def _conv_transpose2d(module: nn.ConvTranspose2d, shape: Shape | None) -> float:
+    """The norm of its adjoint, a convolution with the same kernel."""
+    return conv_norm_enclosure(module.weight, _pair(module.stride), _pair(module.dilation), module.groups).upper
 
 
 def _overlaps(module: nn.MaxPool2d | nn.AvgPool2d) -> float:
@@ -157,6 +162,7 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.ZeroPad2d: _isometry,
     nn.Linear: _linear,
     nn.Conv2d: _conv2d,
+    nn.ConvTranspose2d: _conv_transpose2d,
     nn.MaxPool2d: _max_pool,
     nn.AvgPool2d: _avg_pool,
     nn.AdaptiveAvgPool2d: _adaptive_avg_pool,

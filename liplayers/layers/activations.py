@@ -244,19 +244,24 @@ class Householder(ParametrizedModule):
                 f"Householder: got an input of shape {tuple(x.shape)}; expected {self.channels} channels in "
                 f"dimension {self.dim}"
             )
-        half = self.channels // 2
-        a, b, rest = x.split([half, half, self.channels - 2 * half], self.dim)
-        behind = [1] * (x.dim() - 1 - self.dim % x.dim())
-        for p, q in self.effective().view(self.order, 2, half, *behind):
-            excess = 2 * F.relu(-(p * a + q * b))  # the distance to the mirror image, 0 on the side that stays
-            a, b = a + excess * p, b + excess * q
-        return torch.cat([a.to(x.dtype), b.to(x.dtype), rest], self.dim)
+        return fold(x, self.effective(), self.dim)
 
     def lipschitz_bound(self) -> float:
         return 1.0
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, order={self.order}, dim={self.dim}"
+
+
+def fold(x: Tensor, mirrors: Tensor, dim: int) -> Tensor:
+    """x with its pairs of channels folded along v, one fold after the other; `mirrors`: v as (order, 2, ⌊C/2⌋)."""
+    half = mirrors.shape[-1]
+    a, b, rest = x.split([half, half, x.shape[dim] - 2 * half], dim)
+    behind = [1] * (x.dim() - 1 - dim % x.dim())
+    for p, q in mirrors.view(len(mirrors), 2, half, *behind):
+        excess = 2 * F.relu(-(p * a + q * b))  # the distance to the mirror image, 0 on the side that stays
+        a, b = a + excess * p, b + excess * q
+    return torch.cat([a.to(x.dtype), b.to(x.dtype), rest], dim)
 
 
 Slopes = tuple[float, float]

@@ -53,6 +53,14 @@ class LipschitzModule(nn.Module):
         """A proven upper bound on the Lipschitz constant of the map, in exact arithmetic on the executed weights."""
         raise NotImplementedError(f"{type(self).__name__} does not implement lipschitz_bound()")
 
+    def frozen(self, shape: tuple[int, ...] | None) -> nn.Module:
+        """What `liplayers.freeze` puts in its place, for a layer that computes otherwise than the shared base classes.
+
+        Plain modules with computed weights, equal to this one in eval mode on inputs of `shape` (without the batch;
+        None where it is not known).
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement frozen()")
+
 
 class ParametrizedModule(LipschitzModule):
     """A module whose effective weight is a pure function of its raw parameters.

@@ -354,15 +354,18 @@ class FourierConv2d(LipschitzConv2d):
         sh, sw = self.stride
         return rearrange(x, "n c (h a) (w b) -> n (c a b) h w", a=sh, b=sw)
 
-    def _place(self, x: Tensor, out: tuple[int, int]) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
-        """The pixel-unshuffled image, the grid that it is convolved on, and where on it the output begins.
+    def place(
+        self, size: tuple[int, int], out: tuple[int, int]
+    ) -> tuple[list[tuple[int, int]], tuple[int, int], tuple[int, int]]:
+        """For an image and an output of these sizes: zeros (before, after) for height and width to add before the
+        pixel-unshuffling, the grid that it is convolved on, and where on it the output begins.
 
         Where the image lies on the torus does not matter: it stays at the origin, with as many rows of padding before
         it as the phase of the stride needs, and the output begins at a negative position if it must. On the torus the
         zeros after the image are those before it, too: one side's padding is enough.
         """
         grid, start, pads = [], [], []
-        sizes = zip(x.shape[-2:], self.kernel_size, self._pads, self.stride, out, strict=True)
+        sizes = zip(size, self.kernel_size, self._pads, self.stride, out, strict=True)
         for n, k, (before, after), s, m in sizes:
             if self.padding_mode == "circular":
                 grid.append(n // s)
@@ -373,7 +376,7 @@ class FourierConv2d(LipschitzConv2d):
                 grid.append(fast_size(max(math.ceil((phase + n + max(before, after)) / s), m)))
                 start.append((k - 1) // 2 // s - before // s)
                 pads.append((phase, -(phase + n) % s))
-        return self._unshuffle(x, pads), (grid[0], grid[1]), (start[0], start[1])
+        return pads, (grid[0], grid[1]), (start[0], start[1])
 
     def _check_input(self, x: Tensor) -> None:
         super()._check_input(x)
@@ -381,7 +384,8 @@ class FourierConv2d(LipschitzConv2d):
 
     def convolve(self, x: Tensor, out: tuple[int, int]) -> Tensor:
         """The linear part on a batch of images of float32 at least, cropped to the size `out`."""
-        x, grid, (top, left) = self._place(x, out)
+        pads, grid, (top, left) = self.place((x.shape[-2], x.shape[-1]), out)
+        x = self._unshuffle(x, pads)
         inside = 0 <= top <= grid[0] - out[0] and 0 <= left <= grid[1] - out[1]
         y = fourier_multiply(x, self.effective(*grid), grid, (top + out[0], left + out[1]) if inside else grid)
         if not inside:

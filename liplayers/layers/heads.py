@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from liplayers.layers.base import LipschitzLinear
-from liplayers.linalg.norms import spectral_norm_bound, unit_rows
+from liplayers.linalg.norms import unit_rows
+from liplayers.linalg.verified import norm_enclosure
 
 __all__ = ["NormalizedLinear", "row_distances"]
 
@@ -45,4 +46,4 @@ class NormalizedLinear(LipschitzLinear):
 
     def lipschitz_bound(self) -> float:
         with torch.no_grad():
-            return spectral_norm_bound(self.weight.to(self.executed_dtype())).item()
+            return norm_enclosure(self.weight.to(self.executed_dtype())).upper

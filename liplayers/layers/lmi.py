@@ -20,7 +20,7 @@ from liplayers.layers.base import ParametrizedModule, check_positive, exact_prec
 from liplayers.layers.blocks import check_odd_kernel
 from liplayers.layers.conv import check_image, check_transformed
 from liplayers.linalg.convolution import orthogonal_taps_
-from liplayers.linalg.fourier import fast_size, fourier_multiply, transfer_matrix
+from liplayers.linalg.fourier import Grid, fast_size, fourier_multiply, transfer_matrix
 from liplayers.linalg.lmi import ExplicitWeights, Sector, margin, proven_lipschitz
 
 Sizes = int | Sequence[int]
@@ -255,18 +255,24 @@ class Conv2dLMIBlock(_LMIModule):
             y = self._run(image.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
         return y if x.dim() == 4 else y[0]
 
-    def _run(self, x: Tensor) -> Tensor:
+    def place(self, image: Grid) -> tuple[tuple[Grid, Grid], Grid, Grid]:
+        """For images of this size: zeros (before, after) for height and width, the size of the output, and the grid."""
         s = self.stride
-        size = (math.ceil(x.shape[-2] / s), math.ceil(x.shape[-1] / s))
-        if self.padding_mode == "circular" and (x.shape[-2] % s or x.shape[-1] % s):
+        height, width = image
+        if self.padding_mode == "circular" and (height % s or width % s):
             raise ShapeError(
-                f"{type(self).__name__}: circular padding with stride {s} on an image of {tuple(x.shape[-2:])} exceeds "
+                f"{type(self).__name__}: circular padding with stride {s} on an image of {image} exceeds "
                 f"the bound; the stride must divide the size: crop or pad the image, or use 'zeros'"
             )
-        x = F.pad(x, (0, -x.shape[-1] % s, 0, -x.shape[-2] % s))
-        x = rearrange(x, "n c (h a) (w b) -> n (c a b) h w", a=s, b=s)
+        size = (math.ceil(height / s), math.ceil(width / s))
         pad = 0 if self.padding_mode == "circular" else len(self.sizes) * (self.taps // 2)
-        grid = (size[0], size[1]) if not pad else (fast_size(size[0] + pad), fast_size(size[1] + pad))
+        grid = size if not pad else (fast_size(size[0] + pad), fast_size(size[1] + pad))
+        return ((0, -height % s), (0, -width % s)), size, grid
+
+    def _run(self, x: Tensor) -> Tensor:
+        pads, size, grid = self.place((x.shape[-2], x.shape[-1]))
+        x = F.pad(x, (*pads[1], *pads[0]))
+        x = rearrange(x, "n c (h a) (w b) -> n (c a b) h w", a=self.stride, b=self.stride)
         weights = self.effective(*grid)
         n = len(self.sizes) - 1
         w = x

@@ -135,33 +135,39 @@ class SOCConv2d(FourierConv2d):
         """W(ω) on a grid; without one the skew kernel itself."""
         return super().compute_effective(*grid) if grid else self.map_kernel(*self.raw_values())
 
-    def _frame(self, x: Tensor, out: tuple[int, int]) -> tuple[Tensor, list[int]]:
-        """The unshuffled image, extended only where the output reaches beyond it, and where the output begins."""
+    def frame(self, size: tuple[int, int], out: tuple[int, int]) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+        """The zeros that extend the image, only where the output reaches beyond it, and where the output begins."""
         pads, start = [], []
-        sizes = zip(x.shape[-2:], self.kernel_size, self._pads, self.stride, out, strict=True)
+        sizes = zip(size, self.kernel_size, self._pads, self.stride, out, strict=True)
         for n, k, (before, _), s, m in sizes:
             shift = before - (k - 1) // 2
             top = max(0, shift)
             start.append(max(0, -shift) // s)
             missing = max(0, s * (start[-1] + m) - n - top)
             pads.append((top, missing + -(n + top + missing) % s))
-        return self._unshuffle(x, pads), start
+        return pads, (start[0], start[1])
 
     def convolve(self, x: Tensor, out: tuple[int, int]) -> Tensor:
         if self.padding_mode == "circular":
             return super().convolve(x, out)
-        x, (top, left) = self._frame(x, out)
+        pads, (top, left) = self.frame((x.shape[-2], x.shape[-1]), out)
+        x = self._unshuffle(x, pads)
         x = F.pad(x, (0, 0, 0, 0, 0, self._channels - x.shape[1]))
         L = self.effective().to(x.dtype)
-        pads = (L.shape[-2] // 2, L.shape[-1] // 2)
-        *rest, last = self._coefficients
-        y = last * x
-        for c in reversed(rest):
-            y = F.conv2d(y, L, padding=pads) + c * x
+        y = polynomial(self._coefficients, L, x)
         return y[:, : self.out_channels, top : top + out[0], left : left + out[1]]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, terms={self.terms}"
+
+
+def polynomial(coefficients: tuple[float, ...], L: Tensor, x: Tensor) -> Tensor:
+    """Σ_j c_j Lʲx by Horner's rule, L a convolution with zero padding that keeps the size of the image."""
+    *rest, last = coefficients
+    y = last * x
+    for c in reversed(rest):
+        y = F.conv2d(y, L, padding=(L.shape[-2] // 2, L.shape[-1] // 2)) + c * x
+    return y
 
 
 register(Family("soc", linear=ExponentialLinear, conv=SOCConv2d, orthogonal=frozenset({"linear", "conv"})))

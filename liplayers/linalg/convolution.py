@@ -64,6 +64,9 @@ def autocorrelation(kernel: Tensor, side: str) -> Tensor:
         (groups, n, n, 2·kh − 1, 2·kw − 1), n the number of channels of that side.
     """
     groups, (kh, kw) = kernel.shape[0], kernel.shape[-2:]
+    if kh == kw == 1:
+        K = kernel[..., 0, 0].mT if side == "in" else kernel[..., 0, 0]
+        return (K @ K.mT)[..., None, None]
     K = rearrange(kernel, "g o i a b -> g i o a b") if side == "in" else kernel
     images = rearrange(K, "g n c a b -> n (g c) a b")
     filters = rearrange(K, "g n c a b -> (g n) c a b")
@@ -84,13 +87,13 @@ def row_sum_bound(kernel: Tensor) -> Tensor:
     return torch.where(square > 0, torch.where(square > 0, square, 1).sqrt(), 0)  # gradient 0 at 0, not NaN
 
 
-def _grid_slack(kernel: Tensor, grid: tuple[int, int]) -> float:
-    """How much larger than on the grid a symbol's norm may be between its points.
+def grid_slack(taps: tuple[int, ...], grid: tuple[int, int]) -> float:
+    """How much larger than on the grid the norm of the symbol of a kernel of kh × kw taps may be between its points.
 
     ‖K̂‖ is the supremum of trigonometric polynomials of degree (k − 1)/2 along each axis, which keep at least
     cos(π(k − 1)/2N) of their maximum at the nearest of N points.
     """
-    kept = [math.cos(math.pi * (k - 1) / (2 * N)) for k, N in zip(kernel.shape[-2:], grid, strict=True)]
+    kept = [math.cos(math.pi * (k - 1) / (2 * N)) for k, N in zip(taps, grid, strict=True)]
     return 1 / (kept[0] * kept[1])  # of a generator torch.compile would break the graph
 
 
@@ -119,37 +122,8 @@ def symbol_norm_bound(kernel: Tensor, density: int = 8, iterations: int = 7) -> 
         largest = gram_iteration_bound(transfer, iterations).argmax(1)
     index = largest[:, None, None, None].expand(-1, 1, *transfer.shape[-2:])
     chosen = transfer.gather(1, index)[:, 0]
-    symbol = gram_iteration_bound(chosen, iterations) * _grid_slack(kernel, grid)
+    symbol = gram_iteration_bound(chosen, iterations) * grid_slack(kernel.shape[-2:], grid)
     return torch.minimum(symbol, row_sum_bound(kernel))
-
-
-def conv_norm_bound(
-    weight: Tensor,
-    stride: tuple[int, int] = (1, 1),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
-    grid: int = 32,
-) -> float:
-    """Upper bound on the norm of torch's conv2d with `weight`, from its symbol on a grid.
-
-    Exact norms at the points of an N × N grid, times what the symbol may gain between them.
-
-    Args:
-        weight: (out, in/groups, kh, kw), as torch holds it.
-        grid: N; raised to 4(k − 1) where that is more.
-
-    Returns:
-        the smaller of this bound and of `row_sum_bound`.
-
-    >>> round(conv_norm_bound(torch.ones(1, 1, 3, 3) / 9), 2)
-    1.0
-    """
-    kernel = rearrange(weight.detach().double(), "(g o) i a b -> g o i a b", g=groups)
-    kernel = polyphase(kernel, stride, dilation)
-    kh, kw = kernel.shape[-2:]
-    N = max(grid, 4 * (max(kh, kw) - 1))
-    largest = torch.linalg.matrix_norm(transfer_matrix(kernel, (N, N)), ord=2).amax().item()
-    return min(largest * _grid_slack(kernel, (N, N)), row_sum_bound(kernel).amax().item())
 
 
 def orthogonal_taps_(weight: Tensor, stride: tuple[int, int], groups: int = 1) -> Tensor:
