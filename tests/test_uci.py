@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.uci import jobs as uci_jobs
 from benchmarks.uci import run as uci_run
-from benchmarks.uci import statistics
+from benchmarks.uci import selection, statistics
 from benchmarks.uci.__main__ import main
 from benchmarks.uci.jobs import METRICS, Configuration, run_job
 from benchmarks.uci.methods import METHODS, count_parameters, matched_width
@@ -87,13 +87,13 @@ def train_alone(model: nn.Module, features: Tensor, labels: Tensor, batches: Ten
 @pytest.mark.parametrize("features", [3, 9], ids=["padded", "stem"])
 def test_training_together_gives_the_weights_of_training_alone(method, features):
     recipe = Recipe(steps=6, lr=0.05)
-    torch.manual_seed(3)  # all units live: the gradient of a dead one is rounding errors, which Adam scales up
+    torch.manual_seed(0)
     x, y = torch.randn(20, features, dtype=torch.float64), torch.randint(3, (20,))
     together = [METHODS[method](features, 3, 6, 2).double() for _ in range(3)]
     alone = [METHODS[method](features, 3, 6, 2).double() for _ in range(3)]
     for a, b in zip(together, alone, strict=True):
-        for p in a.parameters():  # where W is orthogonal, SLL's log_q has a gradient of rounding errors only
-            nn.init.normal_(p)
+        for p in a.parameters():
+            nn.init.normal_(p, std=0.3)
         b.load_state_dict(a.state_dict())
     initial = [p.clone() for p in together[0].parameters()]
     batches = torch.randint(20, (recipe.steps, 3, 8))
@@ -101,7 +101,8 @@ def test_training_together_gives_the_weights_of_training_alone(method, features)
     for i, (a, b) in enumerate(zip(together, alone, strict=True)):
         train_alone(b, x, y, batches[:, i], recipe)
         for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12, msg=f"model {i}, {name}")
+            # a dead unit's gradients are rounding errors of 1e-16 or so, and Adam multiplies them by lr/1e-8 at each step
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-7, msg=f"model {i}, {name}")
     assert any((p - q).abs().max() > 0.1 for p, q in zip(together[0].parameters(), initial, strict=True))
 
 
@@ -341,6 +342,9 @@ def test_the_recipe_is_chosen_on_validation_rows_for_all_methods(root, tmp_path,
         return result | {"configuration": configuration.record()}
 
     monkeypatch.setattr(uci_run, "run_job", fake)
+    grid = {"LEARNING_RATES": (0.005, 0.02), "OFFSETS": (1.0, 2.0), "TEMPERATURES": (0.25, 1.0)}
+    for name, values in grid.items():
+        monkeypatch.setattr(selection, name, values)
     assert command(root, tmp_path / "out", "--select", "--sets", "wells,stones", "--methods", "aol,sll") == 0
     assert "lr=0.02, offset=1.0, temperature=0.25" in capsys.readouterr().out
     text = (tmp_path / "out" / "recipes.md").read_text()
