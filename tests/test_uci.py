@@ -101,7 +101,7 @@ def test_training_together_gives_the_weights_of_training_alone(method, features)
     for i, (a, b) in enumerate(zip(together, alone, strict=True)):
         train_alone(b, x, y, batches[:, i], recipe)
         for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-            # a dead unit's gradients are rounding errors of 1e-16 or so, and Adam multiplies them by lr/1e-8 at each step
+            # a dead unit's gradients are rounding errors of 1e-16, and Adam multiplies them by lr/1e-8 at each step
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-7, msg=f"model {i}, {name}")
     assert any((p - q).abs().max() > 0.1 for p, q in zip(together[0].parameters(), initial, strict=True))
 
