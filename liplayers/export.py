@@ -489,4 +489,8 @@ def _compare(name: str, frozen: nn.Module, exported: Callable[[Tensor], Tensor],
             expected, got = frozen(x).cpu(), exported(x).cpu()
         limit = 1e3 * torch.finfo(x.dtype).eps * max(1.0, expected.abs().amax().item())
         if got.shape != expected.shape or not (got - expected).abs().amax() <= limit:
-            raise ExportError(f"{name}: the exported model computes something else on a batch of {batch}; not written")
+            error = (got - expected).abs().amax().item() if got.shape == expected.shape else "another shape"
+            raise ExportError(
+                f"{name}: the exported model differs by {error} on a batch of {batch}, expected at most {limit:.1e}; "
+                f"nothing is written; a float32 model may fare better"
+            )
