@@ -172,11 +172,19 @@ def ldlt_weights(
     if not skip:
         B = torch.linalg.solve_triangular(F, X, upper=True, left=False)
         return ExplicitWeights(tuple(inner), B, None, tuple(multipliers))
-    X_skip, X = X.split([eye.shape[-1], F.shape[-1]], -1)
+    A, B = _skip_and_outgoing(X, past, F, coupling, root)
+    return ExplicitWeights(tuple(inner), B, A, tuple(multipliers))
+
+
+def _skip_and_outgoing(
+    X: Tensor, past: Sequence[Tensor], F: Tensor, coupling: Tensor, root: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A and B of `ldlt_weights` from [X_A X_B], u_0 …, F_n, ρY_n u_{n−1} and Λ_n^½."""
+    X_skip, X = X.split([X.shape[-1] - F.shape[-1], F.shape[-1]], -1)
     L = cholesky(sum((u.mH @ u for u in past[1:]), past[0].mH @ past[0]))
     A = torch.linalg.solve_triangular(L, X_skip, upper=False, left=False)
     B = torch.linalg.solve_triangular(F, X, upper=True, left=False) - math.sqrt(2) * (A @ coupling.mH) * root
-    return ExplicitWeights(tuple(inner), B, A, tuple(multipliers))
+    return A, B
 
 
 def lmi_matrix(weights: ExplicitWeights, lipschitz: float, sector: Sector) -> Tensor:
