@@ -608,3 +608,17 @@ def test_residual_connections_freeze_to_a_buffer():
     frozen = lp.freeze(lp.Residual(lp.AOLLinear(3, 3), alpha=0.25))
     assert type(frozen) is FrozenResidual
     assert frozen.alpha.item() == pytest.approx(0.25)
+
+
+def test_a_frozen_block_refuses_an_activation_that_couples_other_channels():
+    """Its multipliers are free for Abs; with MaxMin the same weights exceed the bound that they would prove."""
+    block = lp.LDLTSequential(4, activation=lp.Abs(), dtype=torch.float64)
+    with torch.no_grad():
+        block.get_parameter("log_multiplier").copy_(torch.tensor([3.0, 3.0, -3.0, -3.0]))
+    frozen = lp.freeze(block)
+    assert lp.lipschitz_bound(frozen) == 1
+    frozen.activation = lp.MaxMin()
+    with pytest.raises(ArgumentError, match="couples channels"):
+        lp.lipschitz_bound(frozen)
+    tied = lp.freeze(lp.LDLTSequential(4, activation=lp.MaxMin()))
+    assert lp.lipschitz_bound(tied) == 1

@@ -16,9 +16,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError, ShapeError, UnknownBoundError
-from liplayers.layers.activations import TIED, Householder, fold, require_slope_range, sector
+from liplayers.layers.activations import TIED, Householder, fold, require_slope_range, tied_channels
 from liplayers.layers.base import LipschitzModule, exact_precision
 from liplayers.layers.containers import Container
+from liplayers.layers.lmi import require_sector
 from liplayers.layers.soc import polynomial
 from liplayers.linalg.convolution import autocorrelation, row_sum_bound
 from liplayers.linalg.fourier import fourier_multiply
@@ -289,13 +290,15 @@ class FrozenLMIBlock(_FrozenBlock):
         return super().forward(x)
 
     def lipschitz_bound(self) -> float:
-        low, high = sector(self, self.activation)
-        if low < self.sector.low or high > self.sector.high:
-            raise ArgumentError(
-                f"{type(self).__name__}: activation={self.activation} has slopes in [{low:g}, {high:g}], the weights "
-                f"are made for [{self.sector.low:g}, {self.sector.high:g}]; freeze a block with this activation"
-            )
+        require_sector(self, self.activation, self.sector)
         multipliers = [self.get_buffer(f"multiplier_{i}").double() for i in range(1, len(self.inner) + 1)]
+        for multiplier in multipliers:
+            groups = tied_channels(self.activation, len(multiplier))
+            if groups is not None and len(set(zip(groups, multiplier.tolist(), strict=True))) > len(set(groups)):
+                raise ArgumentError(
+                    f"{type(self).__name__}: activation={self.activation} couples channels whose multipliers differ; "
+                    f"build a new layer with this activation"
+                )
         layers = [*self.inner, self.outgoing, *(() if self.skip is None else (self.skip,))]
         executed = [_matrices(layer) for layer in layers]
         n = len(self.inner)

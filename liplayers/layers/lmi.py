@@ -121,12 +121,7 @@ class _LMIModule(ParametrizedModule):
 
     def _check_sector(self) -> None:
         """The activation may have been replaced, or its parameters trained, since construction."""
-        low, high = sector(self, self.activation)
-        if low < self.sector.low or high > self.sector.high:
-            raise ArgumentError(
-                f"{type(self).__name__}: activation={self.activation} has slopes in [{low:g}, {high:g}], the weights "
-                f"are made for [{self.sector.low:g}, {self.sector.high:g}]; build a new layer with this activation"
-            )
+        require_sector(self, self.activation, self.sector)
         if self._tied() != self._groups:
             raise ArgumentError(
                 f"{type(self).__name__}: activation={self.activation} couples other channels than the one that the "
@@ -295,6 +290,16 @@ class Conv2dLMIBlock(_LMIModule):
         text += "" if self.out_channels == self.channels else f", out_channels={self.out_channels}"
         text += f", kernel_size={self.kernel_size}" + ("" if self.stride == 1 else f", stride={self.stride}")
         return text + f", padding_mode={self.padding_mode!r}" + self._arguments()
+
+
+def require_sector(owner: object, activation: nn.Module, made_for: Sector) -> None:
+    """Raise ArgumentError unless the activation's sector lies in the one that the weights of `owner` are made for."""
+    low, high = sector(owner, activation)
+    if low < made_for.low or high > made_for.high:
+        raise ArgumentError(
+            f"{type(owner).__name__}: activation={activation} has slopes in [{low:g}, {high:g}], the weights are made "
+            f"for [{made_for.low:g}, {made_for.high:g}]; build a new layer with this activation"
+        )
 
 
 def hidden_sizes(owner: object, name: str, value: Sizes | None, default: int) -> tuple[int, ...]:
