@@ -73,16 +73,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path}: is a folder; name a file in it, such as {path}/checkpoints/best.ckpt")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; training writes them to <output>/checkpoints/")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        foreign = "it holds objects other than tensors, which are never unpickled"
-        reason = foreign if zipfile.is_zipfile(path) else "not a checkpoint"
-        raise CheckpointError(f"{path}: cannot be read ({reason})") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (RuntimeError, EOFError, ValueError, KeyError):
-        raise CheckpointError(f"{path}: truncated, or not a checkpoint at all") from None
+    content = load_tensors(path)
     if not isinstance(content, dict) or not isinstance(content.get(KEY), dict) or "state_dict" not in content:
         raise CheckpointError(
             f"{path}: a torch file, but not a checkpoint of liplayers (no entry {KEY!r}); train with train.py"
@@ -103,3 +94,21 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its entry {KEY!r} is incomplete ({error}); train again") from None
+
+
+def load_tensors(path: Path) -> Any:
+    """What a file of `torch.save` holds, with weights_only=True.
+
+    Raises:
+        CheckpointError: truncated, unreadable, or holding more than tensors and plain containers.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        foreign = "it holds objects other than tensors, which are never unpickled"
+        reason = foreign if zipfile.is_zipfile(path) else "not a checkpoint"
+        raise CheckpointError(f"{path}: cannot be read ({reason})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (RuntimeError, EOFError, ValueError, KeyError):
+        raise CheckpointError(f"{path}: truncated, or not a checkpoint at all") from None

@@ -67,3 +67,11 @@ class ExportError(LipschitzError, RuntimeError):
 
 class MissingPackageError(LipschitzError, ImportError):
     """An optional package that is not installed."""
+
+
+class VerificationError(LipschitzError, ValueError):
+    """A report that does not agree with what is computed again."""
+
+
+class RefutedError(LipschitzError, AssertionError):
+    """A certified point that fell to an attack: a proof is wrong."""

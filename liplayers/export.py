@@ -377,7 +377,8 @@ def export_program(
 def export_onnx(frozen: nn.Module, path: str | Path, input_shape: Shape) -> None:
     """Write the frozen model as ONNX, in one file, and run that against it with ONNX Runtime.
 
-    Input and output are called "x" and "y"; the batch may be of any size. Layers per frequency become ONNX's DFT.
+    Input and output are called "x" and "y"; the batch may be of any size. In float64 dense layers and
+    layers per frequency run; for convolutions with an explicit kernel ONNX Runtime has float32 only.
 
     Args:
         frozen: from `freeze`.

@@ -1,6 +1,8 @@
 """Composed bounds: each rule against the norm of the map itself, and the refusal of everything unknown."""
 
 import math
+from fractions import Fraction
+from itertools import product
 
 import pandas as pd
 import pytest
@@ -101,6 +103,87 @@ def test_conv_bound_is_tight_on_large_images(stride):
     assert truth <= lp.lipschitz_bound(module, (4, 16, 16)) <= 1.1 * truth
 
 
+PADS = [(0, 0), (1, 1), (0, 2), (2, 1), (3, 3)]
+
+
+def linear_norm(module: nn.Module, shape: tuple[int, ...]) -> float:
+    pixels = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
+    with torch.no_grad():
+        return torch.linalg.matrix_norm((module(pixels) - module(0 * pixels)).flatten(1), 2).item()
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 1, 1), ((2, 3), (2, 1), 1), (1, 3, 1), (3, 2, (1, 2))])
+@pytest.mark.parametrize("kind", ["gaussian", "first tap", "all taps"])
+def test_padding_that_repeats_pixels_counts_for_every_size(mode: str, kernel, stride, dilation, kind: str):
+    for padding, size in product([0, 1, 2, (3, 1), (0, 2), "same"], [(4, 5), (6, 4), (7, 8)]):
+        if padding == "same" and stride != 1:
+            continue
+        module = conv(kernel_size=kernel, stride=stride, dilation=dilation, padding=padding, padding_mode=mode).double()
+        with torch.no_grad():
+            if kind == "first tap":
+                module.weight[:, :, torch.arange(module.kernel_size[0]) > 0] = 0
+                module.weight[..., torch.arange(module.kernel_size[1]) > 0] = 0
+            elif kind == "all taps":
+                module.weight.abs_()
+        try:
+            truth = linear_norm(module, (4, *size))
+        except RuntimeError:
+            continue  # an image smaller than torch's padding or the kernel
+        bound = lp.lipschitz_bound(module, (4, *size))
+        assert truth <= bound * (1 + 1e-12)
+        if mode != "circular":
+            assert bound <= lp.lipschitz_bound(module)
+
+
+@pytest.mark.parametrize(("mode", "padding", "copies"), [("reflect", 1, 2), ("replicate", 2, 3), ("circular", 2, 2)])
+def test_the_count_of_repeated_pixels_is_attained_by_a_shift(mode: str, padding: int, copies: int):
+    module = nn.Conv2d(1, 1, 3, padding=padding, padding_mode=mode, bias=False, dtype=torch.float64)
+    module.weight.data.zero_()[..., 0, 0] = 1
+    truth = linear_norm(module, (1, 12, 11))
+    assert truth == pytest.approx(copies if mode != "replicate" else 3)
+    assert lp.lipschitz_bound(module, (1, 12, 11)) == pytest.approx(truth)
+
+
+def test_the_worst_size_of_an_image_is_assumed_where_none_is_known():
+    worst = {"reflect": 3, "replicate": 5}
+    for mode, copies in worst.items():
+        module = nn.Conv2d(1, 1, 1, padding=2, padding_mode=mode, bias=False, dtype=torch.float64)
+        module.weight.data.fill_(1)
+        assert lp.lipschitz_bound(module) == pytest.approx(copies)
+        smallest = (1, 3, 3) if mode == "reflect" else (1, 1, 1)
+        assert linear_norm(module, smallest) == pytest.approx(copies)
+    with pytest.raises(UnknownBoundError, match="pass input_shape"):
+        lp.lipschitz_bound(nn.Conv2d(1, 1, 1, padding=2, padding_mode="circular"))
+
+
+@pytest.mark.parametrize("make", [nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d, nn.ZeroPad2d])
+@pytest.mark.parametrize("size", [(4, 5), (9, 4)])
+def test_padding_modules_have_the_norm_of_what_they_repeat(make, size: tuple[int, int]):
+    for horizontal, vertical in product(PADS, PADS):
+        module = make((*horizontal, *vertical))
+        truth = linear_norm(module, (1, *size))
+        assert lp.lipschitz_bound(module, (1, *size)) == pytest.approx(truth, rel=1e-12)
+        if make in (nn.ReflectionPad2d, nn.ReplicationPad2d):
+            assert lp.lipschitz_bound(module) >= truth * (1 - 1e-12)
+    cropped = make((-1, 2, 1, -1))
+    assert lp.lipschitz_bound(cropped, (1, *size)) == pytest.approx(linear_norm(cropped, (1, *size)), rel=1e-12)
+    assert lp.lipschitz_bound(nn.ConstantPad2d((1, -1, 2, 0), 7.0)) == 1
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_one_dimensional_convolutions_are_images_of_one_row(mode: str):
+    torch.manual_seed(0)
+    for size, (kernel, stride, padding, dilation, groups) in product(
+        (6, 9), [(3, 1, 1, 1, 1), (3, 2, 1, 1, 2), (2, 1, 2, 2, 1), (4, 3, 0, 1, 2)]
+    ):
+        module = nn.Conv1d(4, 6, kernel, stride, padding, dilation, groups, padding_mode=mode, dtype=torch.float64)
+        truth = linear_norm(module, (4, size))
+        assert truth <= lp.lipschitz_bound(module, (4, size)) * (1 + 1e-12)
+    long = nn.Conv1d(3, 3, 3, padding=1, padding_mode="zeros", dtype=torch.float64)
+    assert lp.lipschitz_bound(long) <= 1.01 * linear_norm(long, (3, 200))
+
+
 def test_linear_bound_is_the_norm():
     torch.manual_seed(0)
     module = nn.Linear(30, 20)
@@ -180,7 +263,6 @@ def in_place(self, x):
         (nn.Sequential(nn.Softplus(threshold=0)), "0 (Softplus)"),
         (nn.Sequential(nn.Dropout()), "0 (Dropout)"),
         (nn.Sequential(nn.BatchNorm2d(4)), "0 (BatchNorm2d)"),
-        (nn.Sequential(conv(padding=1, padding_mode="reflect")), "0 (Conv2d)"),
         (nn.Sequential(conv(padding=2, padding_mode="circular")), "0 (Conv2d)"),
         (nn.Sequential(conv(padding=1, stride=2, padding_mode="circular")), "0 (Conv2d)"),
         (nn.Sequential(nn.AdaptiveAvgPool2d(4)), "0 (AdaptiveAvgPool2d)"),
@@ -411,6 +493,85 @@ def test_margin_constants_are_exact_enough_and_never_below():
     assert torch.allclose(lp.split_head(head).margin_lipschitz(10), truth, rtol=1e-12)
     with pytest.raises(ShapeError, match="10 rows"):
         lp.split_head(head).margin_lipschitz(9)
+
+
+def exact_square(row: torch.Tensor, other: torch.Tensor) -> Fraction:
+    return sum((Fraction(a) - Fraction(b)) ** 2 for a, b in zip(row.tolist(), other.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-170, 1e300, 5e-324, 1e-310])
+@pytest.mark.parametrize("kind", ["gaussian", "close", "close in one entry", "huge beside tiny"])
+def test_margin_constants_are_not_below_the_exact_ones(scale: float, kind: str):
+    torch.manual_seed(0)
+    W = torch.randn(5, 33, dtype=torch.float64).clamp(-1, 1)
+    if kind == "close":
+        W = W[:1] * (1 + 2.0**-50 * torch.randint(0, 9, (5, 33)))
+    elif kind == "close in one entry":
+        W = W[:1].repeat(5, 1)
+        W[:, 7] += torch.arange(5) * 2.0**-52
+    elif kind == "huge beside tiny":
+        W = W * 10.0 ** torch.arange(0, -330, -10, dtype=torch.float64)
+        W[:, 0] = 1
+    head = nn.Linear(33, 5, dtype=torch.float64)
+    head.weight.data = W * scale
+    constants = lp.split_head(nn.Sequential(lp.Scale(0.1), head)).margin_lipschitz(5)
+    factor = Fraction(0.1) ** 2
+    for y, j in product(range(5), repeat=2):
+        exact = factor * exact_square(head.weight.detach()[y], head.weight.detach()[j])
+        assert Fraction(constants[y, j].item()) ** 2 >= exact
+    assert not constants.diagonal().any()
+    constants.sum().backward()
+    assert torch.isfinite(head.weight.grad).all()
+
+
+def test_without_a_head_the_margin_constant_is_not_below_root_two_times_the_bound():
+    for factor in (1.0, 0.1, 1e-300, 3.3):
+        constant = lp.split_head(lp.Scale(factor)).margin_lipschitz(2)[0, 1].item()
+        assert Fraction(constant) ** 2 >= 2 * Fraction(factor) ** 2
+
+
+def exact_rules() -> dict[str, tuple[nn.Module, Fraction]]:
+    """Modules and the squares of their norms."""
+    torch.manual_seed(0)
+    normal = lp.Normalize([0.0] * 3, [0.3, 0.7, 0.1]).double()
+    batch = nn.BatchNorm2d(7).double().eval()
+    batch.running_var.uniform_(0.1, 2)
+    nn.init.normal_(batch.weight)
+    squares = [
+        Fraction(w) ** 2 / (Fraction(v) + Fraction(batch.eps))
+        for w, v in zip(batch.weight.tolist(), batch.running_var.tolist(), strict=True)
+    ]
+    near_one = nn.Sequential(*(lp.Scale(1 + k * 2.0**-52) for k in range(1, 200)))
+    tenth = Fraction(0.1)
+    return {
+        "normalize": (normal, 1 / Fraction(normal.std.min().item()) ** 2),
+        "batch norm": (batch, max(squares)),
+        "average": (nn.AvgPool2d((1, 3)), Fraction(1, 3)),
+        "average overlapping": (nn.AvgPool2d(3, 1), Fraction(1)),
+        "average divisor": (nn.AvgPool2d(2, divisor_override=7), Fraction(4, 49)),
+        "our average": (lp.AvgPool2d((1, 3)), 3 / Fraction(math.sqrt(3)) ** 2),
+        "max": (nn.MaxPool2d((1, 3), 1), Fraction(3)),
+        "hard sigmoid": (nn.Hardsigmoid(), Fraction(1, 36)),
+        "near one": (near_one, math.prod((Fraction(m.factor) for m in near_one), start=Fraction(1)) ** 2),
+        "concatenated": (lp.Concatenate([lp.Scale(0.1), lp.Scale(0.3)]), tenth**2 + Fraction(0.3) ** 2),
+        "sum": (Sum(), (tenth * Fraction(0.7) + Fraction(1) / Fraction(3)) ** 2),
+    }
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = lp.Scale(0.1)
+
+    def forward(self, x):
+        return self.a(x) * 0.7 + x / 3
+
+
+@pytest.mark.parametrize("name", exact_rules())
+def test_rules_and_compositions_are_rounded_upward(name: str):
+    module, square = exact_rules()[name]
+    bound = Fraction(lp.lipschitz_bound(module, (7 if name == "batch norm" else 3, 6, 6)))
+    assert square <= bound**2 <= square * (1 + Fraction(1, 2**50))
 
 
 def test_tiny_row_differences_do_not_vanish():

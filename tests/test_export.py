@@ -7,12 +7,16 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from audit import EVERY, example, worst_norm
+from exact import exceeds_norm, rational, rows_of
+from flint import fmpq
 from torch import Tensor, nn
 
 import liplayers as lp
@@ -20,10 +24,12 @@ from liplayers.errors import ArgumentError, ExportError, MissingPackageError, Ou
 from liplayers.layers.base import LipschitzModule, ParametrizedModule
 from liplayers.layers.frozen import (
     FrozenFourierConv2d,
+    FrozenHouseholder,
     FrozenLMIBlock,
     FrozenPolynomialConv2d,
     FrozenResidual,
     FrozenResidualBlock,
+    Placement,
 )
 
 every = pytest.mark.parametrize(("family", "role"), EVERY, ids=["-".join(e) for e in EVERY])
@@ -179,6 +185,79 @@ def test_weights_per_frequency_may_be_cast(family: str):
     for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.1)):
         cast = copy.deepcopy(frozen).to(dtype)
         assert torch.allclose(cast(x.to(dtype)).float(), layer(x), atol=tolerance)
+
+
+# Layers per frequency without transforms ------------------------------------------------------------------------------
+
+
+def fourier(dtype: torch.dtype = torch.float32) -> FrozenFourierConv2d:
+    torch.manual_seed(0)
+    layer = lp.BROConv2d(3, 4, 3, stride=2, padding=1, dtype=torch.float32)
+    return lp.freeze(layer, (3, 7, 6)).to(dtype)
+
+
+MATRICES = ("width_in", "height_in", "height_out", "width_out")
+
+
+def test_a_cast_layer_has_the_matrices_of_its_new_precision_and_the_same_state():
+    frozen = fourier()
+    assert set(frozen.state_dict()) == {"transfer", "bias"}
+    fresh = fourier(torch.float64)
+    again = copy.deepcopy(fresh).float().double()
+    for name in MATRICES:
+        assert frozen.get_buffer(name).dtype == torch.float32
+        assert torch.equal(again.get_buffer(name), fresh.get_buffer(name))
+    assert fourier(torch.bfloat16).width_in.dtype == torch.float32
+    frozen.load_state_dict(fresh.state_dict())
+    x = torch.randn(2, 3, 7, 6)
+    torch.testing.assert_close(frozen(x), fresh(x.double()).float())
+
+
+def test_the_matrices_are_as_close_to_the_exact_ones_as_stated():
+    """Those of float64 are compared with exact ones where they are made."""
+    double, single = fourier(torch.float64), fourier()
+    assert set(double.constant_errors()) == set(MATRICES)
+    for name in MATRICES:
+        assert 0 < double.constant_errors()[name] < 1e-13
+        distance = (double.get_buffer(name) - single.get_buffer(name).double()).norm().item()
+        assert distance <= single.constant_errors()[name] <= distance + 1e-13
+    double.width_in[0, 0] += 0.5
+    assert double.constant_errors()["width_in"] >= 0.5
+    assert lp.AOLLinear(2, 2).constant_errors() == {}
+
+
+def test_the_matrices_are_parts_of_isometries():
+    frozen = fourier(torch.float64)
+    for matrix in (
+        frozen.width_in,
+        frozen.width_out,
+        *map(torch.view_as_complex, (frozen.height_in, frozen.height_out)),
+    ):
+        singular = torch.linalg.svdvals(matrix)
+        assert singular.max() == pytest.approx(1, abs=1e-14)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 16, 17, 50])
+def test_batches_of_every_size_have_the_values_of_their_samples(batch: int):
+    frozen = fourier(torch.float64)
+    x = torch.randn(batch, 3, 7, 6, dtype=torch.float64)
+    y = frozen(x)
+    assert y.shape == (batch, 4, 4, 3)
+    for one, expected in zip(x, y, strict=True):
+        torch.testing.assert_close(frozen(one), expected)
+
+
+def test_a_compiled_layer_per_frequency_computes_the_same():
+    frozen = fourier(torch.float64)
+    x = torch.randn(20, 3, 7, 6, dtype=torch.float64)
+    compiled = torch.compile(frozen, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), frozen(x))
+
+
+def test_an_output_beyond_the_grid_is_refused():
+    place = Placement((4, 4), ((0, 0), (0, 0)), (1, 1), (0, 0), (5, 4))
+    with pytest.raises(ShapeError, match=r"\(5, 4\) does not fit on the grid \(4, 4\)"):
+        FrozenFourierConv2d(torch.ones(4, 3, 1, 1, dtype=torch.complex64), None, (4, 4), place)
 
 
 # Whole models ---------------------------------------------------------------------------------------------------------
@@ -476,6 +555,100 @@ def test_a_transposed_convolution_of_torch_is_bounded_by_its_adjoint():
     assert measured <= lp.lipschitz_bound(up) <= 1.3 * measured
 
 
+# Bounds in exact arithmetic -------------------------------------------------------------------------------------------
+
+
+SCALES = [1.0, 1e-160, 1e-310, 1e150]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("family", ["bro", "cayley", "lot"])
+def test_no_matrix_of_a_layer_per_frequency_exceeds_its_bound_in_exact_arithmetic(family: str, scale: float):
+    torch.manual_seed(0)
+    frozen = lp.freeze(stirred(lp.get_layer(family, "conv")(2, 2, 3, padding=1)), (2, 3, 2)).double()
+    with torch.no_grad():
+        frozen.transfer.mul_(scale)
+    bound = lp.lipschitz_bound(frozen)
+    for W in frozen.matrices().flatten(0, 1):
+        assert exceeds_norm(bound, W)
+
+
+def residual_block(W: Tensor, V: Tensor) -> FrozenResidualBlock:
+    """y = x − Vᵀ relu(Wx)."""
+    frozen = lp.freeze(lp.SLLBlock(W.shape[1], W.shape[0], bias=False, dtype=torch.float64))
+    with torch.no_grad():
+        frozen.inner[0].weight.copy_(W)
+        frozen.outgoing.weight.copy_(-V.T)
+    return frozen
+
+
+PAIRS: dict[str, tuple[list[list[float]], list[list[float]]]] = {
+    "one number": ([[1.1]], [[1.9]]),
+    "at the edge": ([[0.1]], [[20.0]]),
+    "beyond": ([[0.3]], [[11.0]]),
+    "of its form": ([[1.0, 0.3], [0.2, -0.7]], [[0.7, 0.21], [0.1, -0.35]]),
+    "not of its form": ([[1.0, 0.3], [0.2, -0.7]], [[-0.7, 1.1], [0.0, 0.0]]),
+    "opposite": ([[0.3]], [[-0.7]]),
+    "tiny times huge": ([[1e-150, 2e-150]], [[3e150, 6e150]]),
+    "subnormal": ([[3e-310, 1e-312]], [[1e300, 1e300]]),
+    "zero rows": ([[0.0, 0.0], [1.0, 2.0]], [[1.0, 1.0], [0.1, 0.2]]),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_no_slopes_take_a_residual_block_beyond_its_bound_in_exact_arithmetic(name: str):
+    """The norm of I − VᵀDW is convex in D: its largest value is at slopes of 0 and 1."""
+    W, V = (torch.tensor(rows, dtype=torch.float64) for rows in PAIRS[name])
+    bound = lp.lipschitz_bound(residual_block(W, V))
+    exact_W, exact_V = rows_of(W), rows_of(V)
+    for slopes in product((0, 1), repeat=len(W)):
+        J = [[fmpq(int(i == j)) for j in range(W.shape[1])] for i in range(W.shape[1])]
+        for i, j in product(range(W.shape[1]), repeat=2):
+            J[i][j] -= sum((d * v[i] * w[j] for d, v, w in zip(slopes, exact_V, exact_W, strict=True)), fmpq(0))
+        assert exceeds_norm(bound * (1 + 2**-52), J)
+
+
+def test_a_residual_block_within_its_form_keeps_its_bound():
+    for name, expected in (("of its form", 1), ("at the edge", 1), ("beyond", 2.3)):
+        W, V = (torch.tensor(rows, dtype=torch.float64) for rows in PAIRS[name])
+        assert lp.lipschitz_bound(residual_block(W, V)) == pytest.approx(expected, rel=1e-13)
+
+
+def test_the_bound_of_a_polynomial_holds_for_angles_up_to_the_norm_of_its_kernel():
+    torch.manual_seed(0)
+    frozen = lp.freeze(stirred(lp.SOCConv2d(2, 2, (1, 3), padding=(0, 1))), (2, 1, 6)).double()
+    for factor in (1.0, 1.5, 40.0):
+        with torch.no_grad():
+            frozen.kernel.mul_(factor)
+        bound = lp.lipschitz_bound(frozen)
+        c = [rational(x) for x in frozen.coefficients]
+        pixels = torch.eye(12, dtype=torch.float64).view(12, 2, 1, 6)
+        L = rows_of(torch.nn.functional.conv2d(pixels, frozen.kernel, padding=(0, 1)).flatten(1).T)
+        power = [[fmpq(int(i == j)) for j in range(12)] for i in range(12)]
+        value = [[fmpq(0)] * 12 for _ in range(12)]
+        for coefficient in c:
+            value = [
+                [v + coefficient * p for v, p in zip(*rows, strict=True)] for rows in zip(value, power, strict=True)
+            ]
+            columns = list(zip(*power, strict=True))
+            power = [
+                [sum((a * b for a, b in zip(row, column, strict=True)), fmpq(0)) for column in columns] for row in L
+            ]
+        assert exceeds_norm(bound, value)
+
+
+def test_folds_and_residual_connections_are_rounded_upward():
+    generator = torch.Generator().manual_seed(0)
+    mirrors = torch.randn(3, 2, 40, dtype=torch.float64, generator=generator)
+    squares = [max(Fraction(p) ** 2 + Fraction(q) ** 2 for p, q in fold.T.tolist()) for fold in mirrors]
+    exact = max(1, 2 * squares[0] - 1) * max(1, 2 * squares[1] - 1) * max(1, 2 * squares[2] - 1)
+    assert exact <= Fraction(FrozenHouseholder(mirrors, 80, 1).lipschitz_bound()) <= exact * (1 + Fraction(1, 2**51))
+    for alpha, factor in ((0.1, 0.3), (0.7, 3.3), (1e-17, 1.1)):
+        frozen = FrozenResidual(lp.Scale(factor), torch.tensor(alpha, dtype=torch.float64))
+        exact = Fraction(1 - alpha) + Fraction(alpha) * Fraction(factor)
+        assert exact <= Fraction(lp.lipschitz_bound(frozen)) <= exact * (1 + Fraction(1, 2**51))
+
+
 # To files -------------------------------------------------------------------------------------------------------------
 
 
@@ -544,6 +717,17 @@ def test_onnx_runtime_computes_the_same_for_every_batch(make: Callable, tmp_path
         x = torch.randn(batch, *shape)
         (y,) = session.run(["y"], {"x": x.numpy()})
         assert torch.allclose(torch.from_numpy(y), model(x), atol=1e-4)
+
+
+def test_layers_per_frequency_and_dense_ones_run_in_onnx_in_double_precision(tmp_path: Path):
+    runtime = onnx_runtime()
+    model = nn.Sequential(lp.BROConv2d(3, 4, 3, padding=1), lp.MaxMin(), nn.Flatten(), lp.AOLLinear(4 * 6 * 5, 3))
+    frozen = lp.freeze(stirred(model), (3, 6, 5)).double()
+    lp.export_onnx(frozen, tmp_path / "net.onnx", (3, 6, 5))
+    session = runtime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    x = torch.randn(20, 3, 6, 5, dtype=torch.float64)
+    (y,) = session.run(["y"], {"x": x.numpy()})
+    assert torch.allclose(torch.from_numpy(y), frozen(x), atol=1e-12)
 
 
 EXPORTS: dict[str, Callable[[nn.Module, Path], Any]] = {

@@ -6,11 +6,13 @@ import math
 from itertools import product
 from typing import Any
 
+import flint
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from flint import arb, fmpq
 from torch import Tensor
 
 from liplayers import AOLConv2d, AOLLinear, SLLBlock, SLLConv2dBlock
@@ -21,7 +23,13 @@ from liplayers.linalg.convolution import (
     polyphase,
     row_sum_bound,
 )
-from liplayers.linalg.fourier import fast_size, fourier_multiply, transfer_matrix
+from liplayers.linalg.fourier import (
+    fast_size,
+    fourier_multiply,
+    isometric_dft,
+    isometric_dft_error,
+    transfer_matrix,
+)
 from liplayers.linalg.norms import gram_iteration_bound, spectral_norm_bound, spectral_norm_lower_bound
 from liplayers.linalg.orthogonal import (
     block_reflector,
@@ -32,6 +40,7 @@ from liplayers.linalg.orthogonal import (
     rotation,
     skew_exponential,
     skew_exponential_coefficients,
+    skew_polynomial_bound,
 )
 from liplayers.linalg.verified import conv_norm_enclosure
 
@@ -199,6 +208,47 @@ def test_skew_exponential_polynomial_stays_in_the_unit_disc_between_its_nodes(de
     assert np.abs(values).max() <= 1
 
 
+@pytest.mark.parametrize("degree", range(1, 13))
+def test_skew_exponential_polynomials_are_proven_contractions(degree: int):
+    assert 0.999 < skew_polynomial_bound(skew_exponential_coefficients(degree)) <= 1
+
+
+def random_coefficients(seed: int, degree: int) -> tuple[float, ...]:
+    generator = np.random.default_rng(seed)
+    return tuple((generator.standard_normal(degree + 1) * 10.0 ** generator.integers(-9, 9, degree + 1)).tolist())
+
+
+@pytest.mark.parametrize("length", [1.0, 1 + 1e-7, 0.3, 3.7, 1e-200, 1e30])
+@pytest.mark.parametrize(
+    "coefficients",
+    [
+        skew_exponential_coefficients(7),
+        (0.0, 1.0),
+        (1.0, 0.0, 0.5),  # 1 − θ²/2: largest at 0
+        (0.3, 0.0, -4.0, 0.1, 5.0),
+        (0.1, 0.1),
+        (0.0, 0.0),
+        *(random_coefficients(seed, degree) for seed, degree in ((0, 1), (1, 4), (2, 9))),
+    ],
+    ids=str,
+)
+def test_the_bound_of_a_skew_polynomial_holds_in_exact_arithmetic_and_is_tight(coefficients, length: float):
+    bound = fmpq(*skew_polynomial_bound(coefficients, length).as_integer_ratio())
+    c = [fmpq(*x.as_integer_ratio()) for x in coefficients]
+    largest = fmpq(0)
+    for step in range(801):
+        theta = fmpq(*length.as_integer_ratio()) * fmpq(step, 800)
+        real = sum(((-1) ** (j // 2) * c[j] * theta**j for j in range(0, len(c), 2)), fmpq(0))
+        imaginary = sum(((-1) ** (j // 2) * c[j] * theta**j for j in range(1, len(c), 2)), fmpq(0))
+        largest = max(largest, real**2 + imaginary**2)
+    assert largest <= bound**2 <= largest * fmpq(1001, 1000)
+
+
+def test_the_bound_of_a_skew_polynomial_of_unbounded_maps_is_infinite():
+    assert skew_polynomial_bound((1.0, 1.0), math.inf) == math.inf
+    assert skew_polynomial_bound((1.0, 1e200, 1e200), 1e200) == math.inf
+
+
 @COMPLEX
 @pytest.mark.parametrize("fn", [newton_schulz, cayley, cholesky_orthogonal, projector, block_reflector])
 @pytest.mark.parametrize("shape", [(4, 4), (5, 3)])
@@ -289,6 +339,24 @@ def test_transfer_matrices_diagonalise_the_circulant(size: tuple[int, int], kern
     for h, w in product(range(H), range(W // 2 + 1)):
         # ours counts taps as torch's cross-correlation does, x[p + t], which is exp(+iωt) for this basis
         np.testing.assert_allclose(blocks[:, h * W + w, :, h * W + w], ours[h, w].conj(), atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 12, 33])
+@pytest.mark.parametrize("half", [False, True])
+def test_the_isometric_dft_is_as_close_to_the_exact_one_as_stated_and_keeps_norms(size: int, half: bool):
+    positions = torch.arange(-3, size + 40, 2)
+    found = isometric_dft(positions, size, half)
+    distance = arb(0)
+    with flint.ctx.workprec(200):
+        for f, row in enumerate(found.tolist()):
+            scale = (arb(2 if half and 2 * f % size else 1) / size).sqrt()
+            for t, value in zip(positions.tolist(), row, strict=True):
+                angle = arb(fmpq(-2 * f * t, size))
+                distance += (scale * angle.cos_pi() - value.real) ** 2 + (scale * angle.sin_pi() - value.imag) ** 2
+    assert distance < isometric_dft_error(len(positions)) ** 2
+    once = found[:, (positions >= 0) & (positions < size)]
+    gram = (once.mH @ once).real if half else once.mH @ once
+    torch.testing.assert_close(gram, torch.eye(len(gram), dtype=gram.dtype))
 
 
 @pytest.mark.parametrize("size", [(4, 4), (5, 3), (1, 6), (3, 1), (7, 2)])

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from audit import jacobian, train_to_exceed, worst_norm
+from exact import Rows, is_positive_definite, rational, rows_of
+from flint import fmpq
 from torch import Tensor, nn
 
 import liplayers
@@ -427,6 +429,67 @@ def test_a_violation_below_the_rounding_of_the_check_is_not_proven():
         assert not is_proven(weights, 1.0, Sector(0.0, 1.0))
     ample = ExplicitWeights((torch.zeros(1, 1).double(),), B, None, (multiplier * 1.001,))
     assert is_proven(ample, 1.0, Sector(0.0, 1.0))
+
+
+def exact_form(weights: ExplicitWeights, lipschitz: fmpq, low: float, high: float) -> Rows:
+    """The matrix of the inequality in x, w_1, … over the rationals, by selection matrices; Λ as it proves."""
+
+    def multiply(A: Rows, B: Rows) -> Rows:
+        columns = list(zip(*B, strict=True))
+        return [[sum((a * b for a, b in zip(row, column, strict=True)), fmpq(0)) for column in columns] for row in A]
+
+    def transposed(A: Rows) -> Rows:
+        return [list(column) for column in zip(*A, strict=True)]
+
+    def combine(A: Rows, s: fmpq, B: Rows) -> Rows:
+        return [[a + s * b for a, b in zip(*rows, strict=True)] for rows in zip(A, B, strict=True)]
+
+    sizes = [weights.inner[0].shape[-1], *(len(C) for C in weights.inner)]
+    eye = [[fmpq(int(i == j)) for j in range(sum(sizes))] for i in range(sum(sizes))]
+    states = [eye[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
+    y = multiply(rows_of(weights.outgoing), states[-1])
+    if weights.skip is not None:
+        y = combine(y, fmpq(1), multiply(rows_of(weights.skip), states[0]))
+    M = [[lipschitz**2 * value for value in row] for row in multiply(transposed(states[0]), states[0])]
+    M = combine(M, fmpq(-1), multiply(transposed(y), y))
+    for (below, w), C, multiplier in zip(pairwise(states), weights.inner, weights.multipliers, strict=True):
+        v = multiply(rows_of(C), below)
+        units = [rational(unit) for unit in (2 * multiplier).sqrt().tolist()]
+        left = combine(w, -rational(low), v)
+        right = combine([[rational(high) * value for value in row] for row in v], fmpq(-1), w)
+        right = [[unit**2 / 2 * value for value in row] for unit, row in zip(units, right, strict=True)]
+        product = multiply(transposed(left), right)
+        M = combine(combine(M, fmpq(-1), product), fmpq(-1), transposed(product))
+    return M
+
+
+@pytest.mark.parametrize("edges", [Sector(0.0, 1.0), Sector(-1.0, 1.0), Sector(-0.13, 1.13)])
+@pytest.mark.parametrize("skip", [False, True])
+def test_what_is_proven_holds_in_exact_arithmetic_at_the_edge(edges: Sector, skip: bool):
+    torch.manual_seed(0)
+    for sizes in ((2, 2), (1, 2, 2)):
+        V = [torch.randn(d, c).double() for c, d in pairwise(sizes)]
+        outgoing = torch.randn(2, sizes[-1] + (sizes[0] if skip else 0)).double()
+        multipliers = [torch.rand(d).double() + 0.1 for d in sizes[1:]]
+        weights = ldlt_weights(V, outgoing, multipliers, 1.3, edges, skip)
+        low, high = 0.01, 2.0
+        while high > math.nextafter(low, math.inf):  # the least constant that is proven
+            middle = (low + high) / 2
+            if middle in (low, high):
+                break
+            low, high = (low, middle) if is_proven(weights, middle, edges) else (middle, high)
+        assert is_positive_definite(exact_form(weights, rational(high), *edges))
+        assert not is_positive_definite(exact_form(weights, rational(high * (1 - 1e-9)), *edges))
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1e200, math.inf), (1e308, math.inf), (1e-310, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize("edges", [Sector(0.0, 1.0), Sector(-1.0, 1.0)])
+def test_weights_of_extreme_size_are_proven_or_not_without_an_error(size: float, expected: float, edges: Sector):
+    W = torch.full((2, 2), size, dtype=torch.float64)
+    weights = ExplicitWeights((W,), W, None, (torch.ones(2).double(),))
+    assert proven_lipschitz(weights, 1.0, edges) == expected
+    tiny = ExplicitWeights((W,), W, None, (torch.full((2,), 1e-300, dtype=torch.float64),))
+    assert proven_lipschitz(tiny, 1.0, edges) == math.inf
 
 
 def test_float64_factorisations_hold_where_float32_would_fail():

@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import nn
 
 from liplayers import cli
-from liplayers.certification import Certificates, certify, report
+from liplayers.certification import Certificates, CertifiedNetwork, certify, report
 from liplayers.data import DataModule, Loaded, Split, TableData, UCIData, read_uci, uci_names, validate_inputs
 from liplayers.errors import ArgumentError, ConfigError, DataError, DataNotFoundError, ShapeError, UnknownNameError
 from liplayers.models import lipconvnet, mlp
@@ -484,9 +484,7 @@ def test_radius_along_a_feature_is_the_distance_to_the_boundary_in_its_own_unit(
     head.weight.data = torch.tensor([[0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
     at = (threshold - mean[1]) / std[1]
     head.bias.data = torch.tensor([-at, at], dtype=torch.float64)
-    certificates, _ = certify(
-        head, data.eval_loader("test"), input_shape=(2,), num_classes=2, input_range=data.input_range
-    )
+    certificates = certify(CertifiedNetwork(head, (2,), 2), data.eval_loader("test"), input_range=data.input_range)
     distance = np.abs(table["mass"].to_numpy() - threshold)
     assert np.allclose(certificates.radius.numpy() * std[1], distance, rtol=1e-4, atol=1e-4)
     right = (table["mass"] < threshold).to_numpy() == table["tame"].to_numpy()
@@ -526,15 +524,15 @@ def test_tables_and_plots_name_the_unit() -> None:
     assert "ε of standardised features;" in str(caption)
     axes = report.curve({"a": certificates}, "t", "standardised features").axes[0]
     assert "standardised features" in axes.get_xlabel()
-    assert report.assumptions("standardised features").startswith("l2 norm of standardised features;")
+    assert "in the norm of standardised features," in report.statement("proof", "standardised features")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_certify_without_a_range_refuses_only_what_is_not_finite(value: float) -> None:
     inputs, labels = torch.full((4, 3), -1e6), torch.zeros(4, dtype=torch.long)
     model = mlp((3,), 2, linear="aol", width=4, depth=1, mean=None)
-    check = partial(certify, model, input_shape=(3,), num_classes=2, input_range=None)
-    assert len(check([(inputs, labels)])[0].radius) == 4
+    check = partial(certify, CertifiedNetwork(model, (3,), 2), input_range=None)
+    assert len(check([(inputs, labels)]).radius) == 4
     inputs[2, 1] = value
     fails(DataError, partial(check, [(inputs, labels)]), "sample 2, feature (1,)", f"{value}", "a finite number")
     fails(ShapeError, partial(check, [(inputs[:, :2], labels)]), "inputs have shape (2,)", "(3,); use the data set")
@@ -581,7 +579,7 @@ def test_uci_trains_and_certifies(tmp_path: Path, choice: list[str]) -> None:
     assert results["run"]["samples"] == 3
     written = json.loads((tmp_path / "out/report.json").read_text())
     assert written["data"]["unit"] == "standardised features"
-    assert written["assumptions"].startswith("l2 norm of standardised features")
+    assert "in the norm of standardised features," in written["statement"]
     assert "units" not in written
 
 

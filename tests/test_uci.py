@@ -26,7 +26,7 @@ from benchmarks.uci.report import critical_difference_plot, scores_of, write_rep
 from benchmarks.uci.results import FIELDS, read_results
 from benchmarks.uci.run import Job, plan_jobs, run_jobs
 from benchmarks.uci.train import Recipe, shuffled_batches, train_together
-from liplayers.certification import certify
+from liplayers.certification import CertifiedNetwork, certify
 from liplayers.data.tabular import UCISet, read_uci
 from liplayers.errors import ArgumentError, DataError, LipschitzError
 from liplayers.losses import OffsetCrossEntropy
@@ -158,11 +158,11 @@ def test_the_result_is_what_certify_says_of_the_trained_model(root):
     generator = torch.Generator().manual_seed(uci_jobs.zlib.crc32(b"flowers 1 0"))
     train_alone(model, data.features, data.labels, shuffled_batches(rows, 18, 30, generator), recipe)
     test = data.test[:, 1]
-    certificates, _ = certify(
-        model, [(data.features[test], data.labels[test])], input_shape=(3,), num_classes=3, input_range=None
-    )
+    network = CertifiedNetwork(model, (3,), 3)
+    certificates = certify(network, [(data.features[test], data.labels[test])], input_range=None)
     found = result["models"][1]
-    assert (found["fold"], found["seed"], found["n_test"], found["bound"]) == (1, 0, 6, 1.0)
+    assert (found["fold"], found["seed"], found["n_test"]) == (1, 0, 6)
+    assert found["bound"] == pytest.approx(network.body_bound, rel=1e-6)
     assert found["clean"] == certificates.clean_accuracy
     for radius in (36, 72, 108, 255):
         assert found[f"c{radius}"] == certificates.accuracy(radius / 255)

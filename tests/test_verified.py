@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import exceeds_norm, is_positive_definite, rational, rows_of
 from flint import fmpq
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 
 import liplayers as lp
 from liplayers.errors import ArgumentError, NonFiniteError, ShapeError
-from liplayers.linalg.verified import conv_norm_enclosure, norm_enclosure
+from liplayers.linalg.verified import (
+    conv_norm_enclosure,
+    eigenvalues_exceed,
+    entry_norm,
+    largest_norm_enclosure,
+    norm_enclosure,
+    weighted_row_sum_norm,
+)
 
 EVERYTHING, DIRECT = 0.0, math.inf  # tolerances: all methods, and only those without eigenvalues
 
@@ -31,24 +39,6 @@ def norm(W: Tensor) -> float:
 
 
 # Exact arithmetic -----------------------------------------------------------------------------------------------------
-
-
-def exceeds_norm(s: float, W: Tensor) -> bool:
-    """Whether s > ‖W‖: the exact LDLᵀ of s²I − WᵀW over the rationals has positive pivots."""
-    exact = [[fmpq(*x.as_integer_ratio()) for x in row] for row in W.double().tolist()]
-    n = W.shape[1]
-    square = fmpq(*s.as_integer_ratio()) ** 2
-    A = [[-sum((row[i] * row[j] for row in exact), fmpq(0)) for j in range(n)] for i in range(n)]
-    for i in range(n):
-        A[i][i] += square
-    for k in range(n):
-        if A[k][k] <= 0:
-            return False
-        for i in range(k + 1, n):
-            factor = A[i][k] / A[k][k]
-            for j in range(k + 1, n):
-                A[i][j] -= factor * A[k][j]
-    return True
 
 
 def assert_encloses(W: Tensor) -> None:
@@ -355,6 +345,101 @@ def test_nearly_orthogonal_kernels_have_tight_bounds_from_a_grid():
         found = conv_norm_enclosure(kernel, tolerance=EVERYTHING)
         assert found.method.startswith("symbol")
         assert found.upper <= found.lower * (1 + width)
+
+
+# Several matrices -----------------------------------------------------------------------------------------------------
+
+
+def unitary(B: int, n: int, seed: int = 0) -> Tensor:
+    return torch.linalg.qr(torch.complex(randn(B, n, n, seed=seed), randn(B, n, n, seed=seed + 1)))[0]
+
+
+def gaussian(B: int, m: int, n: int) -> Tensor:
+    return torch.complex(randn(B, m, n), randn(B, m, n, seed=1))
+
+
+BATCHES = {
+    "gaussian": gaussian(3, 4, 3),
+    "wide": gaussian(2, 2, 5),
+    "real": randn(3, 4, 4),
+    "unitary": unitary(4, 4),
+    "unitary in single precision": unitary(3, 4).to(torch.complex64),
+    "unitary times a spread": unitary(2, 4) * torch.tensor([1.0, 1e-3, 1e-160, 1 + 2**-52], dtype=torch.float64),
+    "rank one": gaussian(2, 4, 1) @ gaussian(2, 1, 4),
+    "huge": gaussian(2, 3, 3) * 1e300,
+    "tiny": gaussian(2, 3, 3) * 1e-300,
+    "subnormal": gaussian(2, 3, 3) * 1e-310,
+    "smallest subnormal": torch.full((2, 2, 2), 5e-324, dtype=torch.complex128),
+    "huge beside tiny": torch.stack([unitary(1, 3)[0] * 1e300, unitary(1, 3)[0] * 1e-300]),
+    "imaginary": 1j * gaussian(2, 3, 3).imag,
+    "one number": torch.tensor([[[3.0 + 4.0j]], [[-5.0 + 0j]]], dtype=torch.complex128),
+}
+
+
+@pytest.mark.parametrize("tolerance", [DIRECT, 1e-6, EVERYTHING])
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_largest_of_several_norms_is_enclosed_in_exact_arithmetic(name: str, tolerance: float):
+    found = largest_norm_enclosure(BATCHES[name], tolerance)
+    assert all(exceeds_norm(found.upper, W) for W in BATCHES[name])
+    assert not all(exceeds_norm(found.lower, W) for W in BATCHES[name])
+
+
+def test_the_largest_of_several_norms_is_tight():
+    for W, width in (
+        (unitary(33, 24), 1e-11),
+        (unitary(33, 24).to(torch.complex64), 1e-6),
+        (gaussian(40, 24, 17), 1e-11),
+    ):
+        truth = torch.linalg.matrix_norm(W.to(torch.complex128), 2).amax().item()
+        found = largest_norm_enclosure(W.view(-1, 1, *W.shape[1:]))
+        assert truth * (1 - width) <= found.lower <= truth * (1 + 1e-13)
+        assert truth * (1 - 1e-13) <= found.upper <= truth * (1 + width)
+
+
+def test_the_largest_of_several_norms_refuses_what_is_no_matrix():
+    assert largest_norm_enclosure(torch.zeros(3, 2, 2, dtype=torch.complex64)).upper == 0
+    with pytest.raises(ShapeError, match="two dimensions or more"):
+        largest_norm_enclosure(torch.ones(2))
+    with pytest.raises(ArgumentError, match="floating-point or complex"):
+        largest_norm_enclosure(torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(NonFiniteError):
+        largest_norm_enclosure(torch.full((1, 2, 2), complex(0, math.nan)))
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_no_matrix_of_smaller_entries_exceeds_the_entry_norm(name: str):
+    W = MATRICES[name]
+    assert exceeds_norm(entry_norm(W), W.abs())
+    assert entry_norm(torch.stack([W, 0 * W])) == entry_norm(W)
+
+
+def test_eigenvalues_are_shown_to_exceed_a_bound_only_where_they_do_in_exact_arithmetic():
+    shown = 0
+    for seed in range(40):
+        X = randn(4, 4, seed=seed)
+        G = X @ X.T
+        G = G.tril() + G.tril(-1).T
+        least = torch.linalg.eigvalsh(G)[0].item()
+        for below in (1e-3, 1e-12, 1e-14, 1e-15, 0.0, -1e-15, -1e-14):
+            bound = least - below
+            if eigenvalues_exceed(G[None], bound):
+                shown += 1
+                exact = rows_of(G)
+                for i in range(4):
+                    exact[i][i] -= rational(math.nextafter(bound, -math.inf))
+                assert is_positive_definite(exact)
+    assert shown >= 40
+    assert not eigenvalues_exceed(torch.full((2, 2), math.nan, dtype=torch.float64), 0.0)
+
+
+def test_weighted_row_sums_bound_a_convolution_and_are_exact_for_normalised_kernels():
+    for seed in range(5):
+        weight = randn(3, 2, 1, 3, seed=seed)
+        assert exceeds_norm(weighted_row_sum_norm(weight), conv_matrix(weight, (1, 6), padding=(0, 1)))
+        W = randn(4, 4, seed=seed)
+        assert exceeds_norm(weighted_row_sum_norm(W[..., None, None]), W)
+    positive = randn(5, 5).abs()  # |WWᵀ| is WWᵀ, whose Perron value is the square of the norm
+    assert weighted_row_sum_norm(positive[..., None, None]) == pytest.approx(norm(positive), rel=1e-12)
 
 
 # Use ------------------------------------------------------------------------------------------------------------------

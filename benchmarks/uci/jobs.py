@@ -15,7 +15,7 @@ from torch import Tensor
 import liplayers
 from benchmarks.uci.methods import METHODS, count_parameters, matched_width
 from benchmarks.uci.train import Recipe, shuffled_batches, train_together
-from liplayers.certification import certify, parse_radius
+from liplayers.certification import CertifiedNetwork, certify, parse_radius
 from liplayers.data.tabular import UCISet
 from liplayers.errors import DataError
 from liplayers.layers.base import check_positive
@@ -104,17 +104,13 @@ def _split(data: UCISet, fold: int, rows: str) -> tuple[Tensor, Tensor]:
 
 
 def _certified(model: torch.nn.Module, data: UCISet, rows: Tensor) -> dict[str, Any]:
-    certificates, split = certify(
-        model,
-        [(data.features[part], data.labels[part]) for part in rows.split(CERTIFY_BATCH)],
-        input_shape=(data.features.shape[1],),
-        num_classes=len(data.class_names),
-        input_range=None,
-    )
+    network = CertifiedNetwork(model, (data.features.shape[1],), len(data.class_names))
+    batches = [(data.features[part], data.labels[part]) for part in rows.split(CERTIFY_BATCH)]
+    certificates = certify(network, batches, input_range=None)
     accuracies = [certificates.accuracy(parse_radius(f"{radius}/255")) for radius in RADII]
     return {
         **dict(zip(METRICS, [certificates.clean_accuracy, *accuracies], strict=True)),
         "n_test": len(rows),
         "not_finite": certificates.not_finite,
-        "bound": split.body_bound,
+        "bound": network.body_bound,
     }

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from liplayers.errors import UnknownBoundError
+from liplayers.linalg import upward
 
 Shapes = dict[fx.Node, tuple[int, ...]]
 
@@ -146,7 +147,7 @@ def _value(
         arguments = [*node.args, *node.kwargs.values()]
         if len(arguments) != 1 or not isinstance(arguments[0], fx.Node):
             raise UnknownBoundError(f"it calls {node.target} with other arguments than one tensor")
-        return leaf_bound(str(node.target)) * bounds[arguments[0]]
+        return upward.product(leaf_bound(str(node.target)), bounds[arguments[0]])
     return _operation(node, bounds, shapes)
 
 
@@ -171,7 +172,7 @@ def _operation(node: fx.Node, bounds: dict[fx.Node, float], shapes: Shapes | Non
     if not method and target in _MULTIPLY | _DIVIDE and len(node.args) == 2:
         return _scaled(node, bounds)
     if not method and target in _CONCATENATE and isinstance(first, (list, tuple)):
-        return math.hypot(*(bounds[n] for n in first if isinstance(n, fx.Node)))
+        return upward.hypot(*(bounds[n] for n in first if isinstance(n, fx.Node)))
     raise UnknownBoundError(f"its forward calls {_name(node)!r}, whose effect on the bound is not known")
 
 
@@ -183,19 +184,21 @@ def _sum(node: fx.Node, bounds: dict[fx.Node, float], shapes: Shapes | None) -> 
     """Σ bounds, each times √(times that broadcasting repeats its entries)."""
     operands = [a for a in node.args if isinstance(a, fx.Node)]
     if all(isinstance(a, (int, float)) or (isinstance(a, fx.Node) and a is operands[0]) for a in node.args):
-        return len(operands) * bounds[operands[0]]
+        return upward.product(len(operands), bounds[operands[0]])
     if shapes is None:
         raise UnknownBoundError("its forward adds tensors, which may broadcast: pass input_shape")
     size = math.prod(shapes[node])
-    return sum(bounds[a] * math.sqrt(size / math.prod(shapes[a])) for a in operands if bounds[a])
+    repeats = ((a, size // math.prod(shapes[a])) for a in operands if bounds[a])
+    return upward.total(*(upward.product(bounds[a], upward.root(times)) for a, times in repeats))
 
 
 def _scaled(node: fx.Node, bounds: dict[fx.Node, float]) -> float:
     left, right = node.args
     if isinstance(left, fx.Node) and isinstance(right, (int, float)) and (right or node.target in _MULTIPLY):
-        return bounds[left] * (abs(right) if node.target in _MULTIPLY else 1 / abs(right))
+        combine = upward.product if node.target in _MULTIPLY else upward.quotient
+        return combine(bounds[left], abs(right))
     if isinstance(right, fx.Node) and isinstance(left, (int, float)) and node.target in _MULTIPLY:
-        return bounds[right] * abs(left)
+        return upward.product(bounds[right], abs(left))
     raise UnknownBoundError("its forward multiplies or divides tensors, or divides by zero")
 
 

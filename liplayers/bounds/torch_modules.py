@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from liplayers.errors import UnknownBoundError
 from liplayers.layers.activations import slope_range
+from liplayers.linalg import upward
 from liplayers.linalg.convolution import overlap
 from liplayers.linalg.verified import conv_norm_enclosure, norm_enclosure
 
@@ -30,25 +33,62 @@ def _linear(module: nn.Linear, shape: Shape | None) -> float:
     return norm_enclosure(module.weight).upper
 
 
-def _conv2d(module: nn.Conv2d, shape: Shape | None) -> float:
-    stride, dilation = _pair(module.stride), _pair(module.dilation)
-    if module.padding_mode == "circular":
-        if isinstance(module.padding, str):
-            same = module.padding == "same"
-            pads = [same * d * (k - 1) for k, d in zip(module.kernel_size, dilation, strict=True)]
-        else:
-            pads = [2 * p for p in _pair(module.padding)]
-        wide = any(p > d * (k - 1) for p, d, k in zip(pads, dilation, module.kernel_size, strict=True))
-        divides = stride == (1, 1) or (
-            shape is not None and not any(n % s for n, s in zip(shape[-2:], stride, strict=True))
-        )
-        if wide or not divides:
-            raise UnknownBoundError(
-                "circular padding beyond (k − 1)/2, or a stride not known to divide the image (pass input_shape)"
-            )
-    elif module.padding_mode != "zeros":
-        raise UnknownBoundError(f"padding_mode={module.padding_mode!r}, known are 'zeros' and 'circular'")
-    return conv_norm_enclosure(module.weight, stride, dilation, module.groups).upper
+def _conv(module: nn.Conv1d | nn.Conv2d, shape: Shape | None) -> float:
+    """The norm on the infinite grid times that of the padding, which zeros and a mere wrap-around leave at 1."""
+    line = len(module.kernel_size) == 1  # an image of height 1
+    weight = module.weight.unsqueeze(2) if line else module.weight
+    stride, dilation = ((1, *size) if line else size for size in (module.stride, module.dilation))
+    norm = conv_norm_enclosure(weight, _pair(stride), _pair(dilation), module.groups).upper
+    pads = _per_axis(module._reversed_padding_repeated_twice)
+    if module.padding_mode == "zeros" or not any(map(any, pads)):
+        return norm
+    if module.padding_mode == "circular" and _wraps_around(module, pads, shape):
+        return norm
+    return upward.product(norm, _padding_norm(module.padding_mode, pads, shape))
+
+
+def _per_axis(pads: Sequence[int]) -> list[tuple[int, int]]:
+    """(before, after) of each axis, from what F.pad takes, which begins with the last one."""
+    return list(zip(pads[::2], pads[1::2], strict=True))[::-1]
+
+
+def _wraps_around(module: nn.Conv1d | nn.Conv2d, pads: list[tuple[int, int]], shape: Shape | None) -> bool:
+    """Whether circular padding makes of each axis a torus, or less, on which the convolution acts."""
+    spans = (d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True))
+    if any(sum(pad) > span for pad, span in zip(pads, spans, strict=True)):
+        return False
+    sizes = (None,) * len(pads) if shape is None else shape[-len(pads) :]
+    return all(s == 1 or (n is not None and n % s == 0) for n, s in zip(sizes, module.stride, strict=True))
+
+
+def _padding_norm(mode: str, pads: list[tuple[int, int]], shape: Shape | None) -> float:
+    """√(how often padding repeats a pixel), the product over the axes; without a shape for the worst size."""
+    if shape is None and mode == "circular":
+        raise UnknownBoundError("what its circular padding repeats depends on the image size: pass input_shape")
+    sizes = [None] * len(pads) if shape is None else list(shape[-len(pads) :])
+    return upward.root(math.prod(_copies(mode, *pad, size) for pad, size in zip(pads, sizes, strict=True)))
+
+
+def _copies(mode: str, before: int, after: int, size: int | None) -> int:
+    """The most copies of a pixel along one axis that is padded (or cropped, where negative), itself included."""
+    if size is not None:
+        positions = torch.arange(size, dtype=torch.float64)[None, None]
+        return int(F.pad(positions, (before, after), mode).long().flatten().bincount().max())
+    before, after = max(before, 0), max(after, 0)
+    if mode == "replicate":
+        return 1 + before + after  # of the one pixel of the smallest image
+    return 1 + (before > 0) + (after > 0)  # each side repeats a pixel once: torch pads by less than the image
+
+
+def _pad2d(module: nn.ReflectionPad2d | nn.ReplicationPad2d | nn.CircularPad2d, shape: Shape | None) -> float:
+    return _padding_norm(_PAD_MODES[type(module)], _per_axis(module.padding), shape)
+
+
+_PAD_MODES: dict[type[nn.Module], str] = {
+    nn.ReflectionPad2d: "reflect",
+    nn.ReplicationPad2d: "replicate",
+    nn.CircularPad2d: "circular",
+}
 
 
 def _conv_transpose2d(module: nn.ConvTranspose2d, shape: Shape | None) -> float:
@@ -56,27 +96,28 @@ def _conv_transpose2d(module: nn.ConvTranspose2d, shape: Shape | None) -> float:
     return conv_norm_enclosure(module.weight, _pair(module.stride), _pair(module.dilation), module.groups).upper
 
 
-def _overlaps(module: nn.MaxPool2d | nn.AvgPool2d) -> float:
+def _overlaps(module: nn.MaxPool2d | nn.AvgPool2d) -> int:
+    """How many windows meet in a pixel; a pooling of norm 1 in each has the root as its norm."""
     dilation = _pair(getattr(module, "dilation", 1))
     sizes = zip(_pair(module.kernel_size), _pair(module.stride), dilation, strict=True)
-    return math.sqrt(math.prod(overlap(*size) for size in sizes))
+    return math.prod(overlap(*size) for size in sizes)
 
 
 def _max_pool(module: nn.MaxPool2d, shape: Shape | None) -> float:
     if module.return_indices:
         raise UnknownBoundError("return_indices=True")
-    return _overlaps(module)
+    return upward.root(_overlaps(module))
 
 
 def _avg_pool(module: nn.AvgPool2d, shape: Shape | None) -> float:
     area = math.prod(_pair(module.kernel_size))
     if module.divisor_override:
-        weight = math.sqrt(area) / abs(module.divisor_override)
+        square = Fraction(area, module.divisor_override**2)
     elif module.ceil_mode or (_pair(module.padding) != (0, 0) and not module.count_include_pad):
-        weight = 1.0  # a window at the border may average a single pixel
+        square = Fraction(1)  # a window at the border may average a single pixel
     else:
-        weight = 1 / math.sqrt(area)
-    return weight * _overlaps(module)
+        square = Fraction(1, area)
+    return upward.root(square * _overlaps(module))
 
 
 def _adaptive_sizes(module: nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d, shape: Shape | None) -> list[tuple[int, int]]:
@@ -93,13 +134,13 @@ def _adaptive_avg_pool(module: nn.AdaptiveAvgPool2d, shape: Shape | None) -> flo
     if any(n % out for n, out in sizes):
         image, target = zip(*sizes, strict=True)
         raise UnknownBoundError(f"output size {target} does not divide the image {image}: windows overlap")
-    return 1 / math.sqrt(math.prod(n // out for n, out in sizes))
+    return upward.root(Fraction(1, math.prod(n // out for n, out in sizes)))
 
 
 def _adaptive_max_pool(module: nn.AdaptiveMaxPool2d, shape: Shape | None) -> float:
     if module.return_indices:
         raise UnknownBoundError("return_indices=True")
-    return math.sqrt(math.prod(_windows_on_a_pixel(n, out) for n, out in _adaptive_sizes(module, shape)))
+    return upward.root(math.prod(_windows_on_a_pixel(n, out) for n, out in _adaptive_sizes(module, shape)))
 
 
 def _windows_on_a_pixel(size: int, windows: int) -> int:
@@ -125,8 +166,11 @@ def _lp_pool(module: nn.LPPool2d, shape: Shape | None) -> float:
 def _batch_norm(module: nn.BatchNorm2d, shape: Shape | None) -> float:
     if module.training or module.running_var is None:
         raise UnknownBoundError("it has a bound only in eval mode with running statistics: call model.eval()")
-    scale = (module.running_var.double() + module.eps).rsqrt()
-    return (scale if module.weight is None else scale * module.weight.double()).abs().max().item()
+    variances = [Fraction(v) + Fraction(module.eps) for v in module.running_var.double().tolist()]
+    weights = [1.0] * len(variances) if module.weight is None else module.weight.double().tolist()
+    if min(variances) <= 0:
+        return math.inf
+    return upward.root(max(Fraction(w) ** 2 / v for w, v in zip(weights, variances, strict=True)))
 
 
 def _refuse_randomness(module: nn.Module) -> None:
@@ -160,8 +204,13 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.PixelUnshuffle: _isometry,
     nn.ChannelShuffle: _isometry,
     nn.ZeroPad2d: _isometry,
+    nn.ConstantPad2d: _isometry,
+    nn.ReflectionPad2d: _pad2d,
+    nn.ReplicationPad2d: _pad2d,
+    nn.CircularPad2d: _pad2d,
     nn.Linear: _linear,
-    nn.Conv2d: _conv2d,
+    nn.Conv1d: _conv,
+    nn.Conv2d: _conv,
     nn.ConvTranspose2d: _conv_transpose2d,
     nn.MaxPool2d: _max_pool,
     nn.AvgPool2d: _avg_pool,

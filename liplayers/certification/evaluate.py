@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
-from liplayers.bounds import HeadSplit, split_head
-from liplayers.certification.radius import certified_accuracy, certified_radius
+from liplayers.certification.network import CertifiedNetwork
+from liplayers.certification.radius import certified_accuracy
 from liplayers.errors import DataError, ShapeError
 
 PROGRESS_FROM = 2000  # samples; shorter sets are done before a bar is read
@@ -54,46 +54,31 @@ class Certificates:
 
 
 def certify(
-    model: nn.Module,
+    network: CertifiedNetwork,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    input_shape: tuple[int, ...],
-    num_classes: int,
     input_range: tuple[float, float] | None = (0.0, 1.0),
     total: int | None = None,
     console: Console | None = None,
-) -> tuple[Certificates, HeadSplit]:
-    """Evaluate `model` in float64 and certify each prediction.
-
-    The model is converted in place (`model.double().eval()`): the certified classifier is the float64 one.
+) -> Certificates:
+    """Certify the prediction of each sample.
 
     Args:
+        network: the classifier with its proven constants.
         batches: (inputs, labels).
         input_range: what every input must lie within; None for any finite number.
         total: number of samples, for the progress bar.
         console: where the progress bar goes; None shows none.
 
-    Returns:
-        the certificates, and the bound of the body with the head that they were divided by.
-
     Raises:
-        UnknownBoundError: a part of the model without a known bound.
-        ShapeError: inputs of another shape than `input_shape`, logits of another size than `num_classes`.
+        ShapeError: inputs of another shape than the network's, logits of another size than its classes.
         DataError: no samples, inputs that are NaN, infinite, or outside `input_range`.
 
     >>> from liplayers import AOLLinear
-    >>> certificates, _ = certify(AOLLinear(2, 2), [(torch.rand(3, 2), torch.tensor([0, 1, 0]))],
-    ...                           input_shape=(2,), num_classes=2)
-    >>> certificates.radius.shape
+    >>> certify(CertifiedNetwork(AOLLinear(2, 2), (2,), 2), [(torch.rand(3, 2), torch.tensor([0, 1, 0]))]).radius.shape
     torch.Size([3])
     """
-    if num_classes < 2:
-        raise ShapeError(f"num_classes={num_classes}; a certificate needs at least two classes")
-    model = model.double().eval().requires_grad_(False)
-    split = split_head(model, input_shape)
-    constants = split.margin_lipschitz(num_classes)
     columns: list[list[Tensor]] = [[], [], [], []]
-    device = next(iter(model.parameters()), torch.empty(0)).device
     bar = Progress(
         TextColumn("certifying"),
         BarColumn(),
@@ -107,23 +92,18 @@ def certify(
         task = bar.add_task("certify", total=total)
         done = 0
         for inputs, labels in batches:
-            _check_inputs(inputs, input_shape, input_range, done)
-            logits = model(inputs.to(device, torch.float64)).cpu()
-            if logits.shape[1] != num_classes:
-                raise ShapeError(f"the model has {logits.shape[1]} logits, the data {num_classes} classes")
+            _check_inputs(inputs, network.input_shape, input_range, done)
+            logits = network(inputs).cpu()
             prediction = torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
             best = logits.topk(2, 1).values
-            for column, value in zip(
-                columns,
-                (labels.cpu(), prediction, best[:, 0] - best[:, 1], certified_radius(logits, constants.cpu())),
-                strict=True,
-            ):
+            radius = network.radius(inputs, logits)
+            for column, value in zip(columns, (labels.cpu(), prediction, best[:, 0] - best[:, 1], radius), strict=True):
                 column.append(value)
             done += len(inputs)
             bar.update(task, completed=done)
     if not done:
         raise DataError("no samples to certify: the data set is empty")
-    return Certificates(*(torch.cat(column) for column in columns)), split
+    return Certificates(*(torch.cat(column) for column in columns))
 
 
 def _check_inputs(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -18,23 +17,82 @@ import torch
 from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 import liplayers
 from liplayers.certification.evaluate import Certificates
+from liplayers.certification.network import CertifiedNetwork
 from liplayers.certification.radius import parse_radius
 from liplayers.errors import OutputError
 
 Radii = Sequence[float | str]
 
+CSV_HEADER = ("index", "label", "prediction", "margin", "radius")
 MOST_FEATURES = 20  # rows of a table of features; the report has them all
 
 
-def assumptions(unit: str) -> str:
-    """What the certificates rest on; `unit` is what the inputs are, such as "pixels in [0, 1]"."""
-    return (
-        f"l2 norm of {unit}; the classifier is the float64 evaluation of the model; layer bounds are proven in "
-        "exact arithmetic; the rounding of the float64 forward pass is not counted yet"
-    )
+STATEMENTS = {
+    "proof": (
+        "The classifier is the float64 evaluation of the frozen weights in network.pt, as it runs on this device. Of "
+        "each sample with a radius R > 0 it is proven that every float64 input within l2 distance R of the sample, in "
+        "the norm of {unit}, gets the same prediction. Layer bounds are proven for the weights as stored, with the "
+        "rounding of their computation; the rounding of the forward pass is counted for the sample and for every input "
+        "in its ball. Assumed: IEEE 754 arithmetic with rounding to nearest and without flushing of subnormal numbers, "
+        "matrix products and convolutions that sum products in any order, and the accuracy of exp, tanh, sin and cos "
+        "that docs/certificates.md states; nothing is assumed of LAPACK."
+    ),
+    "fast": (
+        "The classifier is the model in its own dtype. Radii are in the l2 norm of {unit}, from layer bounds that are "
+        "proven in exact arithmetic. The rounding of the forward pass and of the weights is not counted: these figures "
+        "are for monitoring and are no proofs; certify with mode=proof."
+    ),
+}
+
+
+def statement(mode: str, unit: str) -> str:
+    """What a report in this mode claims; `unit` is what the inputs are, such as "pixels in [0, 1]"."""
+    return STATEMENTS[mode].format(unit=unit)
+
+
+def proofs(network: CertifiedNetwork) -> dict[str, Any]:
+    """What was proven of the network: hash, bounds of its layers, rounding."""
+    found: dict[str, Any] = {
+        "network": {
+            "sha256": network.sha256(),
+            "stored_dtype": _name(network.stored_dtype),
+            "parameters": sum(t.numel() for t in network.network.parameters()),
+        },
+        "lipschitz": {
+            "body": network.body_bound,
+            "head": network.head_type,
+            "layers": network.layers,
+        },
+    }
+    rounding = network.worst_rounding
+    if rounding is not None:
+        largest = max(rounding.rows, key=lambda row: row.local_error, default=None)
+        found["rounding"] = {
+            "input_norm": rounding.input_norm,
+            "logit_error": rounding.error,
+            "largest_term": None if largest is None else {"layer": largest.path, "error": largest.local_error},
+            "layers": {row.path: row.local_error for row in rounding.rows},
+        }
+    return found
+
+
+def proof_line(report: Mapping[str, Any]) -> str:
+    """What stands behind a table, in a line."""
+    body = f"Lipschitz bound below the head {report['lipschitz']['body']:.9g}"
+    if "rounding" not in report:
+        return f"mode=fast: {body}; rounding is not counted, these figures are no proofs"
+    rounding = report["rounding"]
+    worst = rounding["largest_term"]
+    most = f", most of it in {worst['layer'] or 'the model'}" if worst and worst["error"] else ""
+    return f"mode=proof: {body}; rounding moves a logit by {rounding['logit_error']:.1e} at most{most}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def results_table(results: Mapping[str, Certificates], eps: Radii, title: str, unit: str) -> Table:
@@ -136,7 +194,7 @@ def curve(results: Mapping[str, Certificates], title: str, unit: str) -> Figure:
     return figure
 
 
-def write_outputs(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> list[Path]:
+def write_outputs(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> list[Path]:
     """Write every file to a temporary folder first, then move them all: a failure leaves earlier files as they were.
 
     Args:
@@ -159,8 +217,8 @@ def write_outputs(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -
     return [folder / name for name in writers]
 
 
-def json_writer(content: Mapping[str, Any]) -> Callable[[Path], None]:
-    """A writer of strict JSON; infinity is written as a string."""
+def json_text(content: Mapping[str, Any]) -> str:
+    """Strict JSON; infinity is written as a string."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
@@ -169,26 +227,31 @@ def json_writer(content: Mapping[str, Any]) -> Callable[[Path], None]:
             return {str(k): plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    return lambda path: _write_text(path, json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False))
+    return json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
+def json_writer(content: Mapping[str, Any]) -> Callable[[Path], object]:
+    """A writer of `json_text`."""
+    return text_writer(json_text(content))
 
 
-def csv_writer(certificates: Certificates) -> Callable[[Path], None]:
-    """A writer of one row for each sample; numbers are exact (shortest repr)."""
-
-    def write(path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow(["index", "label", "prediction", "margin", "radius"])
-            columns = (certificates.label, certificates.prediction, certificates.margin, certificates.radius)
-            rows.writerows((i, *row) for i, row in enumerate(zip(*(c.tolist() for c in columns), strict=True)))
-
-    return write
+def csv_text(certificates: Certificates) -> str:
+    """One row for each sample; numbers are exact (shortest repr)."""
+    columns = (certificates.label, certificates.prediction, certificates.margin, certificates.radius)
+    rows = [CSV_HEADER, *((i, *row) for i, row in enumerate(zip(*(c.tolist() for c in columns), strict=True)))]
+    return "".join(",".join(map(str, row)) + "\n" for row in rows)
 
 
-def figure_writer(figure: Figure) -> Callable[[Path], None]:
+def text_writer(text: str) -> Callable[[Path], object]:
+    """A writer of this text, without another ending of lines on any system."""
+    return lambda path: path.write_bytes(text.encode())
+
+
+def state_writer(state: Mapping[str, Tensor]) -> Callable[[Path], object]:
+    """A writer of tensors, to be read by `torch.load(…, weights_only=True)`."""
+    return lambda path: torch.save(dict(state), path)
+
+
+def figure_writer(figure: Figure) -> Callable[[Path], object]:
     """A writer of a PNG."""
     return lambda path: figure.savefig(path, format="png", dpi=150)

@@ -2,164 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from rich.console import Console
+from omegaconf import DictConfig, ListConfig
 
-from liplayers.bounds import layer_bounds
-from liplayers.certification import Certificates
-from liplayers.certification import certify as certify_model
 from liplayers.certification import report as reports
 from liplayers.checkpoint import Checkpoint, load_checkpoint, run_folder
-from liplayers.cli.configuration import build, check_config, plain, radii
-from liplayers.errors import ConfigError, UnknownNameError
-
-# what a checkpoint must not make a certification do: fetch or write files, change the inputs
-NOT_FOR_CERTIFYING: dict[str, Any] = {"download": False, "cache": None, "augment": []}
-
-console = Console()
+from liplayers.cli.audit import audit
+from liplayers.cli.configuration import integer, radii
+from liplayers.cli.proving import Certified, certify_one, console
+from liplayers.cli.verify import verify
+from liplayers.errors import ConfigError
 
 
 def certify(cfg: DictConfig) -> dict[str, Any]:
     """Certify one checkpoint, or compare several; return the summary of each by name.
 
-    Writes report.json, certificates.csv and certified_accuracy.png for each, and for several a common plot.
+    With `verify`, compute a report again instead; with `audit`, also attack what was certified.
+
+    Writes report.json, certificates.csv, certified_accuracy.png and network.pt for each, and for several a common plot.
 
     Raises:
         LipschitzError: a subclass for each cause, with a message of one line.
     """
+    if cfg.verify is not None:
+        return {"verified": verify(cfg)}
     paths = list(cfg.ckpt) if isinstance(cfg.ckpt, ListConfig) else [cfg.ckpt]
     if not paths or not all(isinstance(path, str) for path in paths):
         raise ConfigError(f"ckpt={cfg.ckpt}: expected a checkpoint or a list of them")
-    device = _device(cfg.device)
     checkpoints = dict(zip(_names(paths), map(load_checkpoint, paths), strict=True))
     eps = radii("eps", cfg.eps if cfg.eps is not None else next(iter(checkpoints.values())).config.get("eps", []))
-    single = len(checkpoints) == 1
     output = Path(cfg.output) if cfg.output is not None else _default_output(list(checkpoints.values()), cfg.data.split)
-
-    results: dict[str, Certificates] = {}
-    reports_by_name: dict[str, dict[str, Any]] = {}
-    written: list[Path] = []
-    for name, checkpoint in checkpoints.items():
-        results[name], reports_by_name[name] = _certify_one(checkpoint, cfg, eps, device)
-    if len({report["data"]["sha256"] for report in reports_by_name.values()}) > 1:
+    if cfg.audit:
+        integer("audit_samples", cfg.audit_samples, least=1)
+        if cfg.mode != "proof":
+            raise ConfigError(
+                f"audit=true needs mode=proof, got mode={cfg.mode}: other figures are no proofs to refute"
+            )
+    done = {name: certify_one(checkpoint, cfg, eps) for name, checkpoint in checkpoints.items()}
+    if len({one.report["data"]["sha256"] for one in done.values()}) > 1:
         raise ConfigError(f"ckpt={list(paths)}: trained for different data; certify them one at a time")
-    about = next(iter(reports_by_name.values()))["data"]
-    data_name, unit = about["name"], about["unit"]
-    for name in checkpoints:
-        title = f"{data_name} ({cfg.data.split})"
-        written += reports.write_outputs(
-            output if single else output / name,
-            {
-                "report.json": reports.json_writer(reports_by_name[name]),
-                "certificates.csv": reports.csv_writer(results[name]),
-                "certified_accuracy.png": reports.figure_writer(reports.curve({name: results[name]}, title, unit)),
-            },
-        )
-    samples = len(next(iter(results.values())).label)
-    title = f"{data_name} ({cfg.data.split}, {samples} samples)"
-    if not single:
-        summaries = {name: report["results"] for name, report in reports_by_name.items()}
+    write_and_print(done, output, eps)
+    for name, one in done.items() if cfg.audit else ():
+        audit(name, one, cfg.audit_samples, eps, output if len(done) == 1 else output / name)
+    return {name: one.report["results"] for name, one in done.items()}
+
+
+def write_and_print(done: Mapping[str, Certified], output: Path, eps: list[float | str]) -> None:
+    """The files and the table of one result, or of several with their comparison."""
+    first = next(iter(done.values()))
+    about, mode = first.report["data"], first.network.mode
+    title, unit = f"{about['name']} ({about['split']})", about["unit"]
+    written: list[Path] = []
+    for name, one in done.items():
+        figure = reports.curve({name: one.certificates}, title, unit)
+        files = {
+            "report.json": reports.json_writer(one.report),
+            "certificates.csv": reports.text_writer(reports.csv_text(one.certificates)),
+            "certified_accuracy.png": reports.figure_writer(figure),
+        }
+        if mode == "proof":
+            files["network.pt"] = reports.state_writer(one.network.weights())
+        written += reports.write_outputs(output if len(done) == 1 else output / name, files)
+    results = {name: one.certificates for name, one in done.items()}
+    if len(done) > 1:
+        summaries = {name: one.report["results"] for name, one in done.items()}
         figure = reports.curve(results, title, unit)
         written += reports.write_outputs(
             output, {"comparison.json": reports.json_writer(summaries), "comparison.png": reports.figure_writer(figure)}
         )
-    console.print(reports.results_table(results, eps, title, unit))
-    for name, report in reports_by_name.items():
-        if "units" in report:
-            console.print(reports.units_table(report["units"], f"{name} in original units"))
+    samples = len(first.certificates.label)
+    console.print(reports.results_table(results, eps, f"{about['name']} ({about['split']}, {samples} samples)", unit))
+    for name, one in done.items():
+        console.print(reports.proof_line(one.report), soft_wrap=True)
+        if "units" in one.report:
+            console.print(reports.units_table(one.report["units"], f"{name} in original units"))
     for path in written:
         console.print(str(path), soft_wrap=True)
-    return {name: report["results"] for name, report in reports_by_name.items()}
-
-
-def _certify_one(
-    checkpoint: Checkpoint, cfg: DictConfig, eps: list[float | str], device: torch.device
-) -> tuple[Certificates, dict[str, Any]]:
-    check_config(checkpoint, checkpoint.config, cfg.allow)
-    data_config = _data_config(checkpoint, cfg)
-    data = build(OmegaConf.create(data_config))
-    data.setup()
-    split = data.split(cfg.data.split)
-    if tuple(data.class_names) != checkpoint.class_names:
-        raise ConfigError(
-            f"{data.name} has the classes {list(data.class_names)[:5]}…, {checkpoint.path} was trained on "
-            f"{list(checkpoint.class_names)[:5]}…; certify on the data it was trained for"
-        )
-    model = build(
-        OmegaConf.create(checkpoint.config["model"]),
-        input_shape=checkpoint.input_shape,
-        num_classes=len(checkpoint.class_names),
-    )
-    checkpoint.load_into(model)
-    certificates, head_split = certify_model(
-        model.to(device),
-        data.eval_loader(cfg.data.split),
-        input_shape=checkpoint.input_shape,
-        num_classes=len(checkpoint.class_names),
-        input_range=data.input_range,
-        total=len(split),
-        console=console,
-    )
-    if certificates.not_finite:
-        console.print(f"warning: {certificates.not_finite} samples have NaN or infinite logits; they certify nothing")
-    report = {
-        "assumptions": reports.assumptions(data.unit),
-        "checkpoint": {
-            "path": str(checkpoint.path),
-            "sha256": checkpoint.sha256,
-            "epoch": checkpoint.epoch,
-            "liplayers": checkpoint.version,
-            "config": checkpoint.config,
-        },
-        "data": {
-            "name": data.name,
-            "unit": data.unit,
-            "split": cfg.data.split,
-            "sha256": data.fingerprint(cfg.data.split),
-            "config": data_config,
-        },
-        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "dtype": "float64",
-        "environment": reports.environment(),
-        "lipschitz": {
-            "body": head_split.body_bound,
-            "head": None if head_split.head is None else type(head_split.head).__name__,
-            "layers": layer_bounds(model, checkpoint.input_shape),
-        },
-        "results": reports.summary(certificates, eps),
-    }
-    if data.scaling is not None and data.scaling.std is not None:
-        report |= reports.original_units(
-            data.scaling.names, data.scaling.mean, data.scaling.std, certificates.mean_radius
-        )
-    return certificates, report
-
-
-def _data_config(checkpoint: Checkpoint, cfg: DictConfig) -> dict[str, Any]:
-    """The data config of the checkpoint with what the command line changes; by itself it must not write files."""
-    config = dict(checkpoint.config["data"])
-    config.update({key: value for key, value in NOT_FOR_CERTIFYING.items() if key in config})
-    for key, value in plain(cfg.data).items():
-        if key == "split" or value is None:
-            continue
-        if key not in config:
-            raise UnknownNameError.of(f"data setting of {checkpoint.path}", key, config)
-        config[key] = value
-    return config
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("cpu", "cuda"):
-        raise UnknownNameError.of("device", name, ["cpu", "cuda"])
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: torch finds no CUDA device here; use device=cpu")
-    return torch.device(name)
 
 
 def _names(paths: Sequence[str]) -> list[str]:

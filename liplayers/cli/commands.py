@@ -35,6 +35,12 @@ def certify_command() -> None:
     run("certify", certify)
 
 
+def audit_command() -> None:
+    """`liplayers-audit`: certify, then attack what was certified."""
+    sys.argv.insert(1, "audit=true")
+    certify_command()
+
+
 def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """Run a task under hydra; an error that we or the user's config caused is one line and exit status 2."""
     asked = os.environ.get("HYDRA_FULL_ERROR")

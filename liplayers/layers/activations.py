@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError, ShapeError, UnknownNameError
 from liplayers.layers.base import LipschitzModule, ParametrizedModule, check_positive
+from liplayers.linalg import upward
 
 __all__ = [
     "ACTIVATIONS",
@@ -307,7 +308,7 @@ SLOPE_RANGES: dict[type[nn.Module], Callable[..., Slopes | None]] = {
     nn.Softsign: lambda m: (0.0, 1.0),
     nn.Softshrink: lambda m: (0.0, 1.0),
     nn.Tanhshrink: lambda m: (0.0, 1.0),
-    nn.Hardsigmoid: lambda m: (0.0, 1 / 6),
+    nn.Hardsigmoid: lambda m: (0.0, upward.quotient(1, 6)),
     nn.Hardswish: lambda m: (-0.5, 1.5),  # (2x + 3)/6 for |x| < 3
     nn.ELU: lambda m: _hull(0.0, 1.0, m.alpha),
     nn.CELU: lambda m: (0.0, 1.0) if 0 < m.alpha < math.inf else None,

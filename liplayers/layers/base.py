@@ -53,6 +53,14 @@ class LipschitzModule(nn.Module):
         """A proven upper bound on the Lipschitz constant of the map, in exact arithmetic on the executed weights."""
         raise NotImplementedError(f"{type(self).__name__} does not implement lipschitz_bound()")
 
+    def constant_errors(self) -> dict[str, float]:
+        """How far buffers that stand for constants are from them, by the buffer's name; none unless a layer says so.
+
+        Upper bounds on the spectral norm of the difference between a buffer as it runs and the exact constant, where
+        lipschitz_bound() is about the exact one.
+        """
+        return {}
+
     def frozen(self, shape: tuple[int, ...] | None) -> nn.Module:
         """What `liplayers.freeze` puts in its place, for a layer that computes otherwise than the shared base classes.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError, ShapeError
 from liplayers.layers.base import LipschitzModule
+from liplayers.linalg import upward
 
 __all__ = ["Concatenate", "Container", "Normalize", "Residual", "Scale"]
 
@@ -78,7 +79,7 @@ class Residual(Container):
         if torch.is_autocast_enabled(logit.device.type):
             low = torch.get_autocast_dtype(logit.device.type)
             pairs.append(((1 - alpha).to(low), alpha.to(low)))
-        return max(rest.item() + weight.item() * bounds[0] for rest, weight in pairs)
+        return max(upward.total(rest.item(), upward.product(weight.item(), bounds[0])) for rest, weight in pairs)
 
 
 class Concatenate(Container):
@@ -106,7 +107,7 @@ class Concatenate(Container):
         return list(self.paths)
 
     def compose_bounds(self, bounds: Sequence[float]) -> float:
-        return math.hypot(*bounds)
+        return upward.hypot(*bounds)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
@@ -168,8 +169,7 @@ class Normalize(LipschitzModule):
         return (x - self.mean.view(shape)) / self.std.view(shape)
 
     def lipschitz_bound(self) -> float:
-        smallest = self.std.double().abs().min().item()
-        return 1 / smallest if smallest else math.inf
+        return upward.quotient(1, self.std.double().abs().min().item())
 
     def extra_repr(self) -> str:
         return f"mean={self.mean.tolist()}, std={self.std.tolist()}"

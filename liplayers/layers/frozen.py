@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +23,12 @@ from liplayers.layers.base import LipschitzModule, exact_precision
 from liplayers.layers.containers import Container
 from liplayers.layers.lmi import require_sector
 from liplayers.layers.soc import polynomial
-from liplayers.linalg.convolution import autocorrelation, row_sum_bound
-from liplayers.linalg.fourier import fourier_multiply
+from liplayers.linalg import upward
+from liplayers.linalg.fourier import CHUNK, isometric_dft, isometric_dft_error
 from liplayers.linalg.lmi import ExplicitWeights, Sector, proven_lipschitz
-from liplayers.linalg.norms import frobenius_norm, gram, gram_iteration_bound, minus_identity_
-from liplayers.linalg.verified import conv_norm_enclosure
+from liplayers.linalg.norms import frobenius_norm
+from liplayers.linalg.orthogonal import skew_polynomial_bound
+from liplayers.linalg.verified import conv_norm_enclosure, entry_norm, largest_norm_enclosure, weighted_row_sum_norm
 
 Size = tuple[int, int]
 
@@ -95,7 +98,10 @@ class _PlacedConv2d(LipschitzModule):
 
 
 class FrozenFourierConv2d(_PlacedConv2d):
-    """y = crop(irfft2(W(ω)·rfft2(embed(x)))) + b on a fixed grid, for images of one size.
+    """y = crop(F⁻¹ W(ω) F embed(x)) + b on a fixed grid, F the unitary DFT as matrix products, for images of one size.
+
+    Along each axis F and F⁻¹ are reduced to the rows and columns that image and output have on the grid, which embeds
+    and crops. Along the width the spectrum is that of real signals, half of it, scaled to keep the norm.
 
     Args:
         transfer: W(ω), (H, W//2 + 1, out, in·s²), complex; held as pairs of real numbers in `transfer`.
@@ -107,16 +113,47 @@ class FrozenFourierConv2d(_PlacedConv2d):
         (N, in, *placement.image) → (N, out, *placement.out).
 
     Raises:
-        ShapeError: at call, another size of image.
+        ShapeError: an output larger than the grid; at call, another size of image.
     """
+
+    width_in: Tensor  # (w, 2·(W//2 + 1)), from pixels to pairs of real numbers
+    height_in: Tensor  # (H, h, 2), complex as the next one
+    height_out: Tensor  # (h', H, 2)
+    width_out: Tensor  # (2·(W//2 + 1), w')
 
     def __init__(self, transfer: Tensor, bias: Tensor | None, grid: Size, placement: Placement) -> None:
         super().__init__()
+        if any(out > size for out, size in zip(placement.out, grid, strict=True)):
+            raise ShapeError(f"FrozenFourierConv2d: an output of {placement.out} does not fit on the grid {grid}")
         self.transfer = constant(torch.view_as_real(transfer.resolve_conj()))
         self.bias = None if bias is None else constant(bias)
         self.in_channels = transfer.shape[-1] // math.prod(placement.stride)
         self.grid = grid
         self.placement = placement
+        self._place_transforms()
+
+    def _transforms(self) -> dict[str, Tensor]:
+        """The four matrices in float64."""
+        place, (height, width) = self.placement, self.grid
+        h, w = ((n + sum(pad)) // s for n, pad, s in zip(place.image, place.pads, place.stride, strict=True))
+        rows, columns = (torch.arange(first, first + n) for first, n in zip(place.start, place.out, strict=True))
+        return {
+            "width_in": torch.view_as_real(isometric_dft(torch.arange(w), width, half=True).T).flatten(1),
+            "height_in": torch.view_as_real(isometric_dft(torch.arange(h), height)),
+            "height_out": torch.view_as_real(isometric_dft(rows, height).mH.resolve_conj()),
+            "width_out": torch.view_as_real(isometric_dft(columns, width, half=True).T).flatten(1).T,
+        }
+
+    def _place_transforms(self) -> None:
+        dtype = torch.promote_types(self.transfer.dtype, torch.float32)
+        for name, matrix in self._transforms().items():
+            matrix = matrix.to(self.transfer.device, dtype).contiguous()
+            self.register_buffer(name, matrix, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._place_transforms()  # in the precision of the new dtype, where a cast would keep that of the old one
+        return self
 
     def matrices(self) -> Tensor:
         """W(ω), complex."""
@@ -124,26 +161,40 @@ class FrozenFourierConv2d(_PlacedConv2d):
         return torch.view_as_complex(pairs)
 
     def convolve(self, x: Tensor) -> Tensor:
-        (top, left), (height, width) = self.placement.start, self.placement.out
-        bottom, right = top + height, left + width
-        if min(top, left) >= 0 and bottom <= self.grid[0] and right <= self.grid[1]:
-            return self._crop(self._multiply(x, (bottom, right)))
-        return self._multiply(x, self.grid).roll((-top, -left), (-2, -1))[..., :height, :width]
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or len(x) <= CHUNK:
+            return self._image(self.matrices() @ self._spectrum(x))
+        X = torch.cat([self._spectrum(part) for part in x.split(CHUNK)], -1)
+        return torch.cat([self._image(part) for part in (self.matrices() @ X).split(CHUNK, -1)])
 
-    def _multiply(self, x: Tensor, size: Size) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return fourier_multiply(x, self.matrices(), self.grid, size)
-        X = torch.fft.rfft2(x, s=self.grid).permute(2, 3, 1, 0)  # one piece, so that the batch may be of any size
-        y = torch.fft.irfft2((self.matrices() @ X).permute(3, 2, 0, 1), s=self.grid)
-        return y[..., : size[0], : size[1]]
+    def _spectrum(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) → (H, W//2 + 1, C, B)."""
+        X = torch.view_as_complex((x @ self.width_in).unflatten(-1, (-1, 2)))
+        return _along_height(self.height_in, X.permute(2, 3, 1, 0))
+
+    def _image(self, X: Tensor) -> Tensor:
+        """(H, W//2 + 1, C, B) → (B, C, h', w')."""
+        Y = _along_height(self.height_out, X).permute(3, 2, 0, 1).contiguous()
+        return torch.view_as_real(Y).flatten(-2) @ self.width_out
 
     def lipschitz_bound(self) -> float:
-        """The largest norm of the transfer matrices; embedding and cropping are contractions."""
-        W = self.matrices().detach().to(torch.complex128)
-        # tight for unitary matrices, up to the rounding of their Gram matrices
-        rounding = 4 * max(W.shape[-2:]) * torch.finfo(W.dtype).eps * frobenius_norm(W).square()
-        near = (1 + gram_iteration_bound(minus_identity_(gram(W)), 2) + rounding).sqrt()
-        return torch.minimum(near, gram_iteration_bound(W, 10)).amax().item()
+        """The largest norm of the transfer matrices, for the exact DFT: its reductions are contractions."""
+        return largest_norm_enclosure(self.matrices()).upper
+
+    def constant_errors(self) -> dict[str, float]:
+        """Of the four matrices: as they run, from those in float64, and of these from the exact ones."""
+        errors = {}
+        for name, matrix in self._transforms().items():
+            distance = frobenius_norm((self.get_buffer(name).detach().cpu().double() - matrix).flatten(1)).item()
+            rounding = upward.product(distance, 1 + 2.0**-50 * matrix.numel())
+            errors[name] = upward.total(
+                rounding, isometric_dft_error(max(matrix.shape))
+            )  # of as many positions at most
+        return errors
+
+
+def _along_height(transform: Tensor, X: Tensor) -> Tensor:
+    """A complex matrix (m, h) in real pairs times X, (h, ...)."""
+    return (torch.view_as_complex(transform) @ X.flatten(1)).unflatten(1, X.shape[1:])
 
 
 class FrozenPolynomialConv2d(_PlacedConv2d):
@@ -186,13 +237,12 @@ class FrozenPolynomialConv2d(_PlacedConv2d):
         return self._crop(polynomial(self.coefficients, self.kernel.to(x.dtype), x)[:, : self.out_channels])
 
     def lipschitz_bound(self) -> float:
-        """1 for a skew L of norm 1; beyond, |p(iθ)| grows by its derivative at most."""
+        """The largest |p(iθ)| for |θ| up to the norm of a skew L."""
         L = self.kernel.detach().double()
         if not torch.equal(L, -L.transpose(0, 1).flip(-2, -1)):
             raise UnknownBoundError("its kernel is not skew-symmetric")
-        norm = row_sum_bound(L[None])[0].item()
-        slope = sum(j * abs(c) * norm ** (j - 1) for j, c in enumerate(self.coefficients) if j)
-        return 1.0 + slope * max(0.0, norm - 1)
+        norm = conv_norm_enclosure(L, tolerance=math.inf).upper
+        return skew_polynomial_bound(self.coefficients, norm)
 
 
 class _FrozenBlock(LipschitzModule):
@@ -219,7 +269,8 @@ class FrozenResidualBlock(_FrozenBlock):
     """y = x − Vᵀσ(Wx + b), as an nn.Linear or nn.Conv2d for W and another for −Vᵀ: `SLLBlock`, `CPLBlock`, and conv.
 
     Its bound is proven for W and V as they are. With S = diag(s), V = SW + E, κ = ‖S^½W‖²/2 and slopes in [0, 1], the
-    spectrum of I − WᵀSDW is in [1 − 2κ, 1], so that L ≤ max(1, 2κ − 1) + ‖S^−½E‖‖S^½W‖, for zero and circular padding.
+    spectrum of I − WᵀSDW is in [1 − 2κ, 1], so that L ≤ max(1, 2κ − 1) + ‖T⁻¹E‖‖TW‖ for any diagonal T > 0, for zero
+    and circular padding. T is S^½ to a power of two, which multiplies exactly.
     """
 
     def lipschitz_bound(self) -> float:
@@ -227,30 +278,28 @@ class FrozenResidualBlock(_FrozenBlock):
         W, V = (_executed(weight) for weight in (self.inner[0].weight, self.outgoing.weight))  # type: ignore[arg-type]
         V = -V.transpose(0, 1).flip(tuple(range(2, V.dim())))
         rows, outgoing = W.flatten(1), V.flatten(1)
-        s = (rows * outgoing).sum(1) / rows.square().sum(1)
-        root = torch.where(s.isfinite() & (s > 0), s, 1).sqrt()[:, None]
-        s = torch.where(s.isfinite() & (s > 0), s, 0)[:, None]
-        norm = _conv_norm((s.sqrt() * rows).view_as(W))
-        rest = _conv_norm(((outgoing - s * rows) / root).view_as(W))
-        return max(1.0, norm**2 - 1) + rest * _conv_norm((root * rows).view_as(W))
+        s = (rows * outgoing).sum(1, keepdim=True) / rows.square().sum(1, keepdim=True)
+        s = torch.where(s.isfinite() & (s > 0), s, 0)
+        root = s.sqrt()
+        T = torch.where(s > 0, root / torch.frexp(root).mantissa, 1)
+        inner, product = root * rows, s * rows
+        E = outgoing - product
+        # 2⁻⁵² for each rounding: of the products and the difference, and of the root, by which the norm is multiplied
+        norm = upward.product(_rounded_norm(inner.view_as(W), inner.view_as(W)), 1 + 2.0**-51)
+        rest = _rounded_norm((E / T).view_as(W), ((E.abs() + product.abs()) / T).view_as(W))
+        beyond = upward.product(rest, _rounded_norm((T * rows).view_as(W), torch.zeros_like(W)))
+        return upward.total(max(1.0, upward.total(upward.product(norm, norm), -1)), beyond)
 
 
-def _conv_norm(W: Tensor) -> float:
-    """The norm of the map with a dense weight or a kernel, from above."""
-    kernel = W if W.dim() == 4 else W[..., None, None]
-    norm = conv_norm_enclosure(kernel).upper
-    return min(norm, math.sqrt(_perron_bound(autocorrelation(kernel[None], "out")[0].abs().sum((2, 3)))))
+def _rounded_norm(weight: Tensor, rounded: Tensor) -> float:
+    """The norm of a dense map or a convolution from above, its entries off by 2⁻⁵² of those of `rounded` at most.
 
-
-def _perron_bound(A: Tensor, steps: int = 50) -> float:
-    """The spectral radius of a symmetric A ≥ 0 from above: max_i (Au)_i/u_i, for every u > 0 (Collatz–Wielandt)."""
-    A = A[A.any(1)][:, A.any(1)]
-    u, least = torch.ones_like(A[:1].sum(0)), math.inf if len(A) else 0.0
-    for _ in range(steps if len(A) else 0):
-        v = A @ u
-        least = min(least, (v / u).amax().item())
-        u = (v / v.amax()).clamp_min(1e-100)
-    return least
+    What underflow took from a product, or a power of two from a tiny entry, is less than 2⁻⁵⁰⁰ an entry.
+    """
+    kernel, rounded = (w if w.dim() == 4 else w[..., None, None] for w in (weight, rounded))
+    lost = upward.product(2.0**-52, entry_norm(rounded.abs().sum((2, 3))))
+    norm = min(conv_norm_enclosure(kernel).upper, weighted_row_sum_norm(kernel))
+    return upward.total(norm, lost, 2.0**-500 * weight.numel())
 
 
 class FrozenLMIBlock(_FrozenBlock):
@@ -340,8 +389,9 @@ class FrozenHouseholder(LipschitzModule):
     def lipschitz_bound(self) -> float:
         if not self.mirrors.numel():
             return 1.0
-        squares = self.mirrors.double().square().sum(1).amax(1)
-        return (2 * squares - 1).clamp_min(1).prod().item()
+        folds = [pairs.T.tolist() for pairs in self.mirrors.double()]
+        squares = (max(Fraction(p) ** 2 + Fraction(q) ** 2 for p, q in pairs) for pairs in folds)
+        return upward.product(*(max(Fraction(1), 2 * square - 1) for square in squares))
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, order={len(self.mirrors)}, dim={self.dim}"
@@ -374,4 +424,6 @@ class FrozenResidual(Container):
     def compose_bounds(self, bounds: Sequence[float]) -> float:
         exact = (1 - self.alpha).double(), self.alpha.double()
         pairs = [exact, (_executed(1 - self.alpha), _executed(self.alpha))]
-        return max(abs(rest.item()) + abs(weight.item()) * bounds[0] for rest, weight in pairs)
+        return max(
+            upward.total(abs(rest.item()), upward.product(abs(weight.item()), bounds[0])) for rest, weight in pairs
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from einops import rearrange
@@ -11,6 +12,7 @@ from torch import Tensor
 from liplayers.errors import ArgumentError, ShapeError
 from liplayers.layers.base import LipschitzModule, check_positive
 from liplayers.layers.conv import Size2d, pair
+from liplayers.linalg import upward
 
 __all__ = ["AvgPool2d", "GlobalL2Pool2d", "L2Pool2d", "MaxPool2d", "PadChannels", "Patchify2d"]
 
@@ -69,7 +71,8 @@ class AvgPool2d(_Pool2d):
         return self.patches(x).sum(-1) / math.sqrt(math.prod(self.kernel_size))
 
     def lipschitz_bound(self) -> float:
-        return 1.0
+        area = math.prod(self.kernel_size)
+        return upward.root(area / Fraction(math.sqrt(area)) ** 2)  # 1, or what the root was rounded down by
 
 
 class L2Pool2d(_Pool2d):

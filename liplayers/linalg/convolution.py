@@ -65,8 +65,8 @@ def autocorrelation(kernel: Tensor, side: str) -> Tensor:
     """
     groups, (kh, kw) = kernel.shape[0], kernel.shape[-2:]
     if kh == kw == 1:
-        K = kernel[..., 0, 0].mT if side == "in" else kernel[..., 0, 0]
-        return (K @ K.mT)[..., None, None]
+        K = kernel[..., 0, 0].mH if side == "in" else kernel[..., 0, 0]
+        return (K @ K.mH)[..., None, None]  # complex matrices are kernels of one tap, too
     K = rearrange(kernel, "g o i a b -> g i o a b") if side == "in" else kernel
     images = rearrange(K, "g n c a b -> n (g c) a b")
     filters = rearrange(K, "g n c a b -> (g n) c a b")

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from liplayers.linalg import upward
 from liplayers.linalg.norms import frobenius_norm, gram_iteration_bound, unit_scale
 from liplayers.linalg.orthogonal import to_double
+from liplayers.linalg.verified import eigenvalues_exceed, entry_norm, product_gamma
 
 
 class Sector(NamedTuple):
@@ -187,6 +190,19 @@ def _skip_and_outgoing(
     return A, B
 
 
+def _units(weights: ExplicitWeights, lipschitz: float) -> list[Tensor]:
+    """𝓛 and √2Λ_l^½, by which x and w_l are multiplied."""
+    roots = [(2 * multiplier).sqrt() for multiplier in weights.multipliers]
+    return [roots[0].new_tensor([lipschitz]), *roots]
+
+
+def _in_units(weights: ExplicitWeights, lipschitz: float) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """C_l, B and A for x and w_l in their units."""
+    units = _units(weights, lipschitz)
+    inner = [units[i + 1][:, None] * C / units[i] for i, C in enumerate(weights.inner)]
+    return inner, weights.outgoing / units[-1], None if weights.skip is None else weights.skip / units[0]
+
+
 def lmi_matrix(weights: ExplicitWeights, lipschitz: float, sector: Sector) -> Tensor:
     """The matrix of the form above in (𝓛x, √2Λ_1^½ w_1, …, √2Λ_n^½ w_n): positive semidefinite is what has to be shown.
 
@@ -194,56 +210,66 @@ def lmi_matrix(weights: ExplicitWeights, lipschitz: float, sector: Sector) -> Te
         (..., N, N), Hermitian, with N the sum of all sizes but the output's.
     """
     m, beta = sector
-    A, B, n = weights.skip, weights.outgoing, len(weights.inner)
-    sizes = [weights.inner[0].shape[-1], *(C.shape[-2] for C in weights.inner)]
-    starts = [sum(sizes[:i]) for i in range(n + 1)]
+    inner, B, A = _in_units(weights, lipschitz)
+    sizes = [inner[0].shape[-1], *(C.shape[-2] for C in inner)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
     blocks = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-    units = [lipschitz * torch.ones_like(weights.multipliers[0][:1]).expand(sizes[0])]
-    units += [(2 * multiplier).sqrt() for multiplier in weights.multipliers]
     M = torch.eye(sum(sizes), dtype=B.dtype, device=B.device).expand(*B.shape[:-2], -1, -1).clone()
-    for i, C in enumerate(weights.inner):
-        N = units[i + 1][:, None] * C / units[i]  # v in units of w_l, from w_(l−1) in its own
+    for i, N in enumerate(inner):
         M[..., blocks[i], blocks[i]] += (m * beta) * (N.mH @ N)
         M[..., blocks[i + 1], blocks[i]] -= ((m + beta) / 2) * N
         M[..., blocks[i], blocks[i + 1]] -= ((m + beta) / 2) * N.mH
-    ends = [(blocks[n], B / units[n]), *([(blocks[0], A / units[0])] if A is not None else [])]
+    ends = [(blocks[-1], B), *([(blocks[0], A)] if A is not None else [])]
     for rows, left in ends:
         for columns, right in ends:
             M[..., rows, columns] -= left.mH @ right
     return M
 
 
-def is_proven(weights: ExplicitWeights, lipschitz: float, sector: Sector) -> bool:
-    """Whether the inequality holds, by a Cholesky factorisation in floating point.
+_TINY = 2.0**-200  # units between this and its inverse: the little that underflow takes is below a rounding of 1
 
-    One of M − cI that runs to its end proves M ⪰ 0 where c exceeds the rounding of the factorisation, (N + 1)·ε·trace
-    (Rump 2006), and that of the entries of M, sums of as many terms as the output and the layers have entries.
+
+def is_proven(weights: ExplicitWeights, lipschitz: float, sector: Sector) -> bool:
+    """Whether the inequality is proven, for these weights and all that differ from them by 2⁻⁵² relatively.
+
+    The units are what they were rounded to: Λ_l = units²/2 proves as well as any other, and 1 on the diagonal is exact.
+    Then each entry of the matrix is a sum of at most four terms, with the absolute values of their factors in place of
+    the factors off by γ_k: k counts the inner product, 2 roundings for a change of units and 2 for that of the weights,
+    each twice in a product of two, 2 for m·β or (m + β)/2, and 4 for the sum; of complex numbers many more, for their
+    division. The matrix of those values has a norm of at most 1 + Σ_l (|mβ|·n_l² + |m + β|·n_l) + (b + a)², n_l, b, a
+    the `entry_norm` of C_l, B, A in their units. The eigenvalues of the matrix as computed have to exceed γ_k times it.
     """
+    m, beta = sector
+    inner, B, A = _in_units(weights, lipschitz)
     M = lmi_matrix(weights, lipschitz, sector)
-    N = M.shape[-1]
-    M.diagonal(dim1=-2, dim2=-1).sub_(4 * N * (N + 1 + weights.outgoing.shape[-2]) * torch.finfo(M.dtype).eps)
-    return bool(
-        (torch.linalg.cholesky_ex(M)[1] == 0).all()
-        and torch.isfinite(torch.view_as_real(M) if M.is_complex() else M).all()
-    )
+    units = torch.cat(_units(weights, lipschitz))
+    if not (((units > _TINY) & (units < 1 / _TINY)).all() and torch.isfinite(M).all()):
+        return False
+    norms = [entry_norm(C) for C in inner]
+    ends = entry_norm(B) + (0.0 if A is None else entry_norm(A))
+    size = 1 + sum(abs(m * beta) * n * n + abs(m + beta) * n for n in norms) + ends * ends
+    longest = max(B.shape[-2], *(C.shape[-2] for C in inner))
+    rounding = product_gamma(longest + 16, M) * size * (1 + 1e-9)
+    return eigenvalues_exceed(M, rounding)
 
 
 def proven_lipschitz(weights: ExplicitWeights, lipschitz: float, sector: Sector) -> float:
-    """The least 𝓛(1 + η)ⁿ⁺¹ on a geometric scale of η that the multipliers prove for weights as they run.
+    """The least 𝓛/rⁿ⁺¹ on a geometric scale of 1 − r that the multipliers prove for weights as they run.
 
-    Measured in (1 + η)ˡ times their unit, w_l obey the same equations with C_l, B over 1 + η and A over (1 + η)ⁿ⁺¹, and
-    y is (1 + η)ⁿ⁺¹ times as large.
+    Measured in r⁻ˡ times their unit, w_l obey the same equations with r·C_l, r·B and rⁿ⁺¹·A, and y is rⁿ⁺¹ times as
+    large. These weights are rounded twice at most, which `is_proven` allows for.
 
     Returns:
-        𝓛 itself where it holds; infinity where weights are not finite or nothing up to η = 1 is proven.
+        𝓛 itself where it holds; infinity where weights are not finite or nothing up to r = 1/2 is proven.
     """
     if is_proven(weights, lipschitz, sector):
         return lipschitz
     eta = 1e-12
     while eta < 1:
-        growth = (1 + eta) ** (len(weights.inner) + 1)
-        if is_proven(weights.shrunk(1 / (1 + eta), 1 / growth), lipschitz, sector):
-            return lipschitz * growth * (1 + (len(weights.inner) + 8) * 2.3e-16)  # rounding of the power
+        r = 1 / (1 + eta)
+        growth = Fraction(r) ** -(len(weights.inner) + 1)
+        if is_proven(weights.shrunk(r, float(1 / growth)), lipschitz, sector):
+            return upward.product(lipschitz, growth)
         eta *= 2
     return math.inf
 

@@ -33,6 +33,7 @@ from einops import rearrange
 from torch import Tensor
 
 from liplayers.errors import ArgumentError, NonFiniteError, ShapeError
+from liplayers.linalg import upward
 from liplayers.linalg.convolution import autocorrelation, grid_slack, polyphase
 from liplayers.linalg.fourier import Grid, transfer_matrix
 from liplayers.linalg.norms import frobenius_norm
@@ -78,6 +79,68 @@ def norm_enclosure(W: Tensor, tolerance: float = 1e-6) -> Enclosure:
     if W.dim() != 2:
         raise ShapeError(f"norm_enclosure: W has the shape {tuple(W.shape)}; expected two dimensions")
     return _enclosure("norm_enclosure: W", W[None, :, :, None, None], tolerance, (1, 1))
+
+
+def largest_norm_enclosure(W: Tensor, tolerance: float = 1e-6) -> Enclosure:
+    """Enclosure of the largest spectral norm of several matrices, max_b ‖W_b‖; otherwise as `norm_enclosure`.
+
+    Args:
+        W: (..., m, n), real or complex.
+        tolerance: relative; 0 tries everything.
+
+    Raises:
+        NonFiniteError: W contains NaN or infinity.
+        ShapeError: W has fewer than two dimensions.
+        ArgumentError: W is not a floating-point tensor.
+
+    >>> found = largest_norm_enclosure(torch.tensor([[[1.0]], [[3.0 + 4.0j]]]))
+    >>> found.lower <= 5 <= found.upper, found.upper - found.lower < 1e-12
+    (True, True)
+    """
+    name = "largest_norm_enclosure: W"
+    if W.dim() < 2:
+        raise ShapeError(f"{name} has the shape {tuple(W.shape)}; expected two dimensions or more")
+    return _enclosure(name, W.reshape(-1, *W.shape[-2:])[..., None, None], tolerance, (1, 1), complex_too=True)
+
+
+def entry_norm(W: Tensor) -> float:
+    """At least the norm of every matrix whose entries are no larger than those of W: min(‖W‖_F, √(‖W‖₁‖W‖_∞)).
+
+    For what rounding may do to a weight; of a kernel, with the sums of the absolute taps as W.
+
+    Args:
+        W: (..., m, n), real or complex and finite; of several matrices the largest norm.
+
+    >>> entry_norm(torch.tensor([[3.0, -4.0]])) >= 5
+    True
+    """
+    K, exponent = _scaled_down(W.reshape(-1, *W.shape[-2:])[..., None, None])
+    return _scaled(_root_above(_size(K)), exponent, math.inf) if K.any() else 0.0
+
+
+def product_gamma(n: int, like: Tensor) -> float:
+    """ε with |fl(XY) − XY| ≤ ε|X||Y| for inner products of length n, of the dtype of `like`: float64 or complex128."""
+    return _gamma(8 * (2 * n + 8)) if like.is_complex() else _gamma(n + 2)
+
+
+def eigenvalues_exceed(G: Tensor, bound: float) -> bool:
+    """Whether every eigenvalue of Hermitian matrices is proven to be at least `bound`.
+
+    G − tI is factorised for a t that exceeds the bound by twice what the rounding of a factorisation may cost.
+
+    Args:
+        G: (..., p, p), float64 or complex128; its lower triangle is read.
+
+    >>> eigenvalues_exceed(torch.eye(3, dtype=torch.float64), 0.999), eigenvalues_exceed(torch.eye(3).double(), 1.0)
+    (True, False)
+    """
+    A = G.tril(-1).reshape(-1, *G.shape[-2:])
+    A = A + A.mH
+    diagonal = G.diagonal(dim1=-2, dim2=-1).real.reshape(len(A), -1)
+    t = bound + 2 * product_gamma(G.shape[-1], G) * diagonal.clamp_min(0).sum(-1).amax().item()
+    A.diagonal(dim1=-2, dim2=-1).copy_(diagonal - t)
+    L, failed = torch.linalg.cholesky_ex(A)
+    return not failed.any() and upward.total(bound, _below_zero(A, L), -t) <= 0
 
 
 def conv_norm_enclosure(
@@ -127,31 +190,69 @@ def conv_norm_enclosure(
     return _enclosure(name, kernel, tolerance, (height, width))
 
 
-def _enclosure(name: str, kernel: Tensor, tolerance: float, grid: Grid) -> Enclosure:
-    """Of the stride-1 convolution with a kernel (groups, out, in, kh, kw) on the infinite grid."""
-    if not kernel.is_floating_point():
-        raise ArgumentError(f"{name} has the dtype {kernel.dtype}; expected a real floating-point dtype")
-    kernel = kernel.detach().cpu().double()
-    largest = kernel.abs().amax().item() if kernel.numel() else 0.0
-    if not math.isfinite(largest):
+def weighted_row_sum_norm(weight: Tensor, steps: int = 50) -> float:
+    """At least the norm of a convolution of stride 1, as `conv_norm_enclosure`, by what SLL and AOL are normalised by.
+
+    ‖K‖² ≤ max_i (Su)_i/u_i + γ_n·size for any u > 0 (Collatz and Wielandt), S = Σ_q|A_q| of KK*, which is symmetric; u
+    goes from 1 towards Perron's vector. Tight where S is that of a normalised kernel.
+
+    Args:
+        weight: (out, in, kh, kw), real and finite.
+        steps: how often u is multiplied by S.
+
+    >>> weighted_row_sum_norm(torch.eye(2)[..., None, None]) - 1 < 1e-14
+    True
+    """
+    K, exponent = _scaled_down(weight[None])
+    absolute = autocorrelation(K, "out")[0].abs().sum((2, 3))
+    S = torch.maximum(absolute, absolute.mT)
+    u, least = torch.ones_like(S[:, :1]), math.inf
+    for _ in range(steps):
+        v = S @ u
+        least = min(least, (v / u).amax().item())
+        u = (v / v.amax().clamp_min(1e-100)).clamp_min(1e-100)
+    error = _up(product_gamma(K[0, 0].numel(), K) * _size(K), 1)
+    square = _up(least, absolute.shape[0] + 4 * K.shape[-2] * K.shape[-1] + 8) + error
+    return _scaled(_root_above(_up(square, 1)), exponent, math.inf)
+
+
+def _enclosure(name: str, kernel: Tensor, tolerance: float, grid: Grid, complex_too: bool = False) -> Enclosure:
+    """Of the stride-1 convolution with a kernel (groups, out, in, kh, kw) on the infinite grid; complex for one tap."""
+    if not (kernel.is_floating_point() or (complex_too and kernel.is_complex())):
+        kind = "floating-point or complex" if complex_too else "real floating-point"
+        raise ArgumentError(f"{name} has the dtype {kernel.dtype}; expected a {kind} dtype")
+    if not torch.isfinite(kernel).all():
         raise NonFiniteError(f"{name} contains NaN or infinity; its norm cannot be enclosed")
-    if largest == 0:
+    K, exponent = _scaled_down(kernel)
+    if not K.any():
         return Enclosure(0.0, 0.0, "zero")
-    exponent = math.frexp(largest)[1]
-    K = kernel * 2.0 ** (-exponent // 2) * 2.0 ** (-exponent - -exponent // 2)  # one factor might not be a float
     lags = autocorrelation(K, "in" if K.shape[2] <= K.shape[1] else "out")
     size = _size(K)
     inner = max(K.shape[1:3]) * K.shape[-2] * K.shape[-1]
-    low, bounds = _direct_bounds(lags, size, _gamma(inner + 2))
+    rounding = product_gamma(inner, K)
+    low, bounds = _direct_bounds(lags, size, rounding)
     high, method = min((bound, method) for method, bound in bounds.items())
     if high > low * (1 + tolerance) ** 2:
-        bottom, top = _symbol_bounds(lags, size, inner, grid)
+        bottom, top = _symbol_bounds(lags, size, rounding, grid)
         low = max(low, bottom)
         if top < high:
             high, method = top, "Cholesky" if lags.shape[-2:] == (1, 1) else f"symbol on {grid[0]} × {grid[1]}"
     lower = math.nextafter(math.sqrt(max(0.0, low - 2 * _UNDERFLOW)), 0)
-    upper = math.nextafter(math.sqrt(_up(high + _UNDERFLOW, 1)), math.inf)
-    return Enclosure(_scaled(lower, exponent, 0.0), _scaled(upper, exponent, math.inf), method)
+    return Enclosure(_scaled(lower, exponent, 0.0), _scaled(_root_above(high), exponent, math.inf), method)
+
+
+def _scaled_down(kernel: Tensor) -> tuple[Tensor, int]:
+    """On the CPU in float64, times 2^−exponent: the largest real or imaginary part is in [1/2, 1), exactly."""
+    K = kernel.detach().cpu().to(torch.complex128 if kernel.is_complex() else torch.float64)
+    parts = torch.view_as_real(K.resolve_conj()) if K.is_complex() else K
+    exponent = math.frexp(parts.abs().amax().item() if K.numel() else 0.0)[1]
+    half = -exponent // 2  # one factor might not be a float
+    return K * 2.0**half * 2.0 ** (-exponent - half), exponent
+
+
+def _root_above(square: float) -> float:
+    """√x from above, x at most `square` but for what underflow took from it."""
+    return math.nextafter(math.sqrt(_up(square + _UNDERFLOW, 1)), math.inf)
 
 
 def _scaled(value: float, exponent: int, towards: float) -> float:
@@ -172,11 +273,6 @@ def _gamma(n: int) -> float:
     return 1.001 * n * _U
 
 
-def _product_gamma(n: int, like: Tensor) -> float:
-    """ε with |fl(XY) − XY| ≤ ε|X||Y| for inner products of length n."""
-    return _gamma(8 * (2 * n + 8)) if like.is_complex() else _gamma(n + 2)
-
-
 def _size(K: Tensor) -> float:
     """At least min(‖|K|‖_F², ‖|K|‖₁‖|K|‖_∞), the largest of all groups."""
     _, out, channels, kh, kw = K.shape
@@ -191,30 +287,30 @@ def _direct_bounds(lags: Tensor, size: float, rounding: float) -> tuple[float, d
     error = _up(rounding * size, 1)
     n = lags[0].numel()
     centre = lags[..., lags.shape[-2] // 2, lags.shape[-1] // 2]
-    diagonal = centre.diagonal(dim1=-2, dim2=-1)
+    diagonal = centre.diagonal(dim1=-2, dim2=-1).real
     mean = diagonal.mean(-1)
     residual = lags.clone()
     residual[..., lags.shape[-2] // 2, lags.shape[-1] // 2].diagonal(dim1=-2, dim2=-1).sub_(mean[:, None])
     absolute = lags.abs().sum((3, 4))  # the computed lags are symmetric only to rounding: rows and columns
-    distance = residual.square().sum((1, 2)).sqrt().sum((1, 2))
+    distance = residual.abs().square().sum((1, 2)).sqrt().sum((1, 2))
     bounds = {
         "entries": size,
-        "row sums": _up((absolute.sum(1).amax(-1) * absolute.sum(2).amax(-1)).sqrt().amax().item(), n + 2) + error,
-        "residual": _up((mean + distance).amax().item(), n + 8) + error,
+        "row sums": _up((absolute.sum(1).amax(-1) * absolute.sum(2).amax(-1)).sqrt().amax().item(), n + 8) + error,
+        "residual": _up((mean + distance).amax().item(), n + 12) + error,
     }
     low = diagonal.amax().item()
     return low - _up(error + low * _U, 2), {method: _up(bound, 1) for method, bound in bounds.items()}
 
 
-def _symbol_bounds(lags: Tensor, size: float, inner: int, grid: Grid) -> tuple[float, float]:
+def _symbol_bounds(lags: Tensor, size: float, rounding: float, grid: Grid) -> tuple[float, float]:
     """Lower and upper bound of ‖K‖² from the eigenvalues of the symbol of the lags on a grid."""
     taps = lags.shape[-2] * lags.shape[-1]
     if taps == 1:
-        symbol, rounding = lags[..., 0, 0], _gamma(inner + 2)
+        symbol = lags[..., 0, 0]
     else:
         # an exponential is a product of two, of angles below 2π to 3u relatively, cos and sin to 8u: 128u in all
         symbol = transfer_matrix(lags, grid).flatten(0, 2)
-        rounding = _gamma(inner + 2 + 8 * (2 * taps + 8) + 128)
+        rounding = rounding + _gamma(8 * (2 * taps + 8) + 128)
     error = _up(rounding * size, 1)
     below = symbol.tril(-1)
     G = below + below.mH + torch.diag_embed(symbol.diagonal(dim1=-2, dim2=-1).real).to(symbol.dtype)
@@ -260,11 +356,19 @@ def _largest_eigenvalue_bound(G: Tensor, guess: float) -> float:
         if not failed.any():
             break
         margin *= 8
-    product_error = _product_gamma(p, G) * frobenius_norm(L).square()
+    return math.nextafter(s + _below_zero(A, L), math.inf)
+
+
+def _below_zero(A: Tensor, L: Tensor) -> float:
+    """How far below 0 the eigenvalues of matrices of the diagonal fl(s − G_ii) may be, L nearly their Cholesky factor.
+
+    That is ‖A − LL*‖ + u·max|A_ii|, with what the computation of LL* may be off by.
+    """
+    p = A.shape[-1]
+    product_error = product_gamma(p, A) * frobenius_norm(L).square()
     distance = frobenius_norm(A - L @ L.mH)
     diagonal_error = _U * A.diagonal(dim1=-2, dim2=-1).real.abs().amax(-1)
-    slack = _up((distance + product_error + diagonal_error).amax().item(), 4 * p * p + 16)
-    return math.nextafter(s + slack, math.inf)
+    return _up((distance + product_error + diagonal_error).amax().item(), 4 * p * p + 16)
 
 
 def _rayleigh_quotient(G: Tensor) -> float:

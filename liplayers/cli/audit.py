@@ -1,0 +1,72 @@
+"""Attack the certificates of one checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from liplayers.certification import parse_radius
+from liplayers.certification import report as reports
+from liplayers.certification.audit import Audit, audit_figure, audit_table
+from liplayers.certification.audit import audit as audit_network
+from liplayers.cli.proving import Certified, console
+from liplayers.errors import RefutedError
+
+
+def audit(name: str, one: Certified, samples: int, eps: list[float | str], folder: Path) -> Audit:
+    """Attack the first certificates; write audit.json, audit.png and, where one falls, audit_fallen.npz.
+
+    Raises:
+        RefutedError: a certified point fell; after the files are written.
+    """
+    network = one.network
+    inputs, labels = _first(one, samples)
+    title, unit = f"{one.data.name} ({one.report['data']['split']})", one.data.unit
+    found = audit_network(
+        network,
+        inputs.to(network.device, torch.float64),
+        labels.to(network.device),
+        one.certificates.radius[: len(inputs)].to(network.device),
+        margin_lipschitz=network.margin_lipschitz.to(network.device),
+        certify=lambda x: network.radius(x).to(x.device),
+        eps=[parse_radius(e) for e in eps],
+        console=console,
+    )
+    files = {
+        "audit.json": reports.json_writer(found.summary()),
+        "audit.png": reports.figure_writer(audit_figure(found, f"{title}, {name}", unit)),
+    }
+    if found.fallen:
+        files["audit_fallen.npz"] = lambda path: np.savez(
+            path.open("wb"),
+            kind=np.array([r.kind for r in found.fallen]),
+            input=torch.stack([r.input.cpu() for r in found.fallen]).numpy(),
+            adversarial=torch.stack([r.adversarial.cpu() for r in found.fallen]).numpy(),
+            label=np.array([r.label for r in found.fallen]),
+            radius=np.array([r.radius for r in found.fallen]),
+        )
+    written = reports.write_outputs(folder, files)
+    console.print(audit_table(found, f"audit of {name}: {title}, {len(inputs)} samples"))
+    for path in written:
+        console.print(str(path), soft_wrap=True)
+    if not found.holds:
+        raise RefutedError(
+            f"{name}: {found.certified_fallen} certified points and {found.boundary_fallen} points near the boundary "
+            f"fell, and a margin's slope is {found.margin_ratio:.6f} of its constant; {folder} holds the inputs: a "
+            f"bound is wrong, please report it"
+        )
+    return found
+
+
+def _first(one: Certified, samples: int) -> tuple[Tensor, Tensor]:
+    inputs, labels, count = [], [], 0
+    for x, y in one.data.eval_loader(one.report["data"]["split"]):
+        inputs.append(x)
+        labels.append(y)
+        count += len(x)
+        if count >= samples:
+            break
+    return torch.cat(inputs)[:samples], torch.cat(labels)[:samples]

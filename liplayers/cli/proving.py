@@ -1,0 +1,117 @@
+"""From a checkpoint to the certificates of a data set and the report on them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import Tensor
+
+from liplayers.certification import Certificates, CertifiedNetwork
+from liplayers.certification import certify as certify_network
+from liplayers.certification import report as reports
+from liplayers.checkpoint import Checkpoint
+from liplayers.cli.configuration import build, check_config, plain
+from liplayers.data.base import DataModule
+from liplayers.errors import ConfigError, UnknownNameError
+
+# what a checkpoint must not make a certification do: fetch or write files, change the inputs
+NOT_FOR_CERTIFYING: dict[str, Any] = {"download": False, "cache": None, "augment": []}
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Certified:
+    """One checkpoint, certified: the network, its data, the result of each sample, and the report on it all."""
+
+    network: CertifiedNetwork
+    data: DataModule
+    certificates: Certificates
+    report: dict[str, Any]
+
+
+def certify_one(
+    checkpoint: Checkpoint, cfg: DictConfig, eps: list[float | str], weights: Mapping[str, Tensor] | None = None
+) -> Certified:
+    """Certify one checkpoint, with the settings `mode`, `device`, `data` and `allow` of `cfg`."""
+    device = _device(cfg.device)
+    check_config(checkpoint, checkpoint.config, cfg.allow)
+    data_config = _data_config(checkpoint, cfg)
+    data = build(OmegaConf.create(data_config))
+    data.setup()
+    split = data.split(cfg.data.split)
+    if tuple(data.class_names) != checkpoint.class_names:
+        raise ConfigError(
+            f"{data.name} has the classes {list(data.class_names)[:5]}…, {checkpoint.path} was trained on "
+            f"{list(checkpoint.class_names)[:5]}…; certify on the data it was trained for"
+        )
+    shape, classes = checkpoint.input_shape, len(checkpoint.class_names)
+    model = build(OmegaConf.create(checkpoint.config["model"]), input_shape=shape, num_classes=classes)
+    checkpoint.load_into(model)
+    with console.status("proving the bounds of the layers"):
+        network = CertifiedNetwork(model, shape, classes, mode=cfg.mode, device=device, weights=weights)
+    certificates = certify_network(
+        network,
+        data.eval_loader(cfg.data.split),
+        input_range=data.input_range,
+        total=len(split),
+        console=console,
+    )
+    if certificates.not_finite:
+        console.print(f"warning: {certificates.not_finite} samples have NaN or infinite logits; they certify nothing")
+    report = {
+        "mode": network.mode,
+        "statement": reports.statement(network.mode, data.unit),
+        "checkpoint": {
+            "path": str(checkpoint.path),
+            "sha256": checkpoint.sha256,
+            "epoch": checkpoint.epoch,
+            "liplayers": checkpoint.version,
+            "config": checkpoint.config,
+        },
+        "data": {
+            "name": data.name,
+            "unit": data.unit,
+            "split": cfg.data.split,
+            "sha256": data.fingerprint(cfg.data.split),
+            "config": data_config,
+        },
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "environment": reports.environment(),
+        **reports.proofs(network),
+        "results": reports.summary(certificates, eps),
+        "certificates_sha256": hashlib.sha256(reports.csv_text(certificates).encode()).hexdigest(),
+    }
+    if data.scaling is not None and data.scaling.std is not None:
+        report |= reports.original_units(
+            data.scaling.names, data.scaling.mean, data.scaling.std, certificates.mean_radius
+        )
+    return Certified(network, data, certificates, report)
+
+
+def _data_config(checkpoint: Checkpoint, cfg: DictConfig) -> dict[str, Any]:
+    """The data config of the checkpoint with what the command line changes; by itself it must not write files."""
+    config = dict(checkpoint.config["data"])
+    config.update({key: value for key, value in NOT_FOR_CERTIFYING.items() if key in config})
+    for key, value in plain(cfg.data).items():
+        if key == "split" or value is None:
+            continue
+        if key not in config:
+            raise UnknownNameError.of(f"data setting of {checkpoint.path}", key, config)
+        config[key] = value
+    return config
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise UnknownNameError.of("device", name, ["cpu", "cuda"])
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: torch finds no CUDA device here; use device=cpu")
+    return torch.device(name)
