@@ -119,7 +119,7 @@ def test_certified_points_survive_attack_at_their_radius():
     images, labels = batch(40)
     network = CertifiedNetwork(net, (1, 2, 2), 3)
     certificates = certify(network, [(images, labels)])
-    assert 2 - 1e-6 < network.body_bound < 2 + 1e-6
+    assert 2 - 1e-6 < network.bounds.split.body_bound < 2 + 1e-6
     x0, R, y = images.double(), certificates.radius, certificates.prediction
     generator = torch.Generator().manual_seed(2)
     for _ in range(20):

@@ -2,17 +2,58 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from audit import of_role
 from torch import nn
 
-import liplayers
+import liplayers as lp
 from liplayers.errors import ArgumentError, UnknownNameError
-from liplayers.models import blockmlp
+from liplayers.models import aolnet, blockmlp, bronet, convnet, lbdn, lipconvnet, lipnext, liresnet, sllnet
 
 BLOCKS = [family for family, _ in of_role("dense_block")]
+CONV_BLOCKS = [family for family, _ in of_role("conv_block")]
+CONVS = [family for family, _ in of_role("conv")]
 ONE_SIZE = ("cpl", "liresnet", "sll")  # their output has the size of their input
+IMAGE = (3, 8, 8)
+
+
+def parameters(make: Callable[[], nn.Module]) -> int:
+    """How many parameters a model has, without the memory for them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in make().parameters())
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """The model with biases and other parameters away from their start, orthogonal ones kept."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not isinstance(parameter, lp.OrthogonalParameter):
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model
+
+
+def check_network(model: nn.Module, tolerance: float = 1e-5) -> None:
+    """A body of bound 1 that no pair of images contradicts, a head, gradients, and the same logits once frozen."""
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 4, *IMAGE)
+    randomised(model)(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    split = lp.split_head(model, IMAGE)
+    assert split.body_bound <= 1 + tolerance
+    assert lp.lipschitz_bound(model, IMAGE) >= split.body_bound * (1 - 1e-6)
+    with torch.no_grad():
+        apart = (model[:-1](x) - model[:-1](y)).flatten(1).norm(dim=1)
+        assert (apart <= split.body_bound * (x - y).flatten(1).norm(dim=1) * (1 + 1e-5)).all()
+        logits = model(x)
+        assert logits.shape == (4, 3)
+        torch.testing.assert_close(lp.freeze(model, IMAGE)(x), logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -20,7 +61,7 @@ ONE_SIZE = ("cpl", "liresnet", "sll")  # their output has the size of their inpu
 def test_every_dense_block_makes_a_network_of_bound_1(block: str, features: int):
     model = blockmlp((features,), 4, block=block, width=8, depth=2, mean=None)
     assert model(torch.randn(5, features)).shape == (5, 4)
-    assert liplayers.lipschitz_bound(model[:-1], (features,)) == 1
+    assert lp.lipschitz_bound(model[:-1], (features,)) == 1
     activations = sum(isinstance(m, nn.ReLU) for m in model.body.modules())
     assert activations == 2
     assert len([m for m in model.body if not isinstance(m, nn.ReLU)]) == 2 + (block in ONE_SIZE and features != 8)
@@ -30,7 +71,7 @@ def test_every_dense_block_makes_a_network_of_bound_1(block: str, features: int)
 def test_blocks_of_several_layers(block: str):
     model = blockmlp((1, 4, 4), 3, block=block, width=6, depth=2, layers=3, mean=0.5)
     assert [b.hidden_features for b in model.body] == [(6, 6, 6)] * 2
-    assert liplayers.lipschitz_bound(model[:-1], (1, 4, 4)) == 1
+    assert lp.lipschitz_bound(model[:-1], (1, 4, 4)) == 1
 
 
 @pytest.mark.parametrize("block", ["sll", "cpl", "sandwich"])
@@ -41,7 +82,7 @@ def test_blocks_of_one_layer_refuse_several(block: str):
 
 def test_activations_and_names_are_passed_on():
     model = blockmlp((4,), 3, block="ldlt", width=8, depth=1, activation="maxmin")
-    assert isinstance(model.body[0].activation, liplayers.MaxMin)
+    assert isinstance(model.body[0].activation, lp.MaxMin)
     assert isinstance(blockmlp((4,), 3, width=8, activation=nn.Tanh).body[0].activation, nn.Tanh)
     with pytest.raises(ArgumentError, match="activation"):
         blockmlp((4,), 3, block="sandwich", activation="maxmin")
@@ -50,3 +91,221 @@ def test_activations_and_names_are_passed_on():
     for bad in ({"width": 0}, {"depth": 0}, {"layers": 0}):
         with pytest.raises(ArgumentError, match=next(iter(bad))):
             blockmlp((4,), 3, **bad)
+
+
+# ------------------------------------------------------------------------------------------------- published networks
+
+
+@pytest.mark.parametrize("conv", CONVS)
+def test_convnet_takes_every_convolution(conv: str):
+    check_network(convnet(IMAGE, 3, conv=conv, channels=4, convs_per_block=1))
+
+
+@pytest.mark.parametrize("conv", CONVS)
+def test_aolnet_takes_every_convolution(conv: str):
+    check_network(aolnet(IMAGE, 3, conv=conv, linear="cayley", channels=6, depth=1, patch_features=2, dense=2))
+
+
+@pytest.mark.parametrize("conv", CONVS)
+def test_bronet_takes_every_convolution(conv: str):
+    check_network(bronet(IMAGE, 3, conv=conv, channels=4, depth=2, width=6, dense=1))
+
+
+@pytest.mark.parametrize("block", CONV_BLOCKS)
+def test_liresnet_takes_every_block(block: str):
+    check_network(liresnet(IMAGE, 3, block=block, channels=4, depth=2, width=6, dense=1))
+
+
+@pytest.mark.parametrize("patch", ["aol", "bro", "cayley", "rko"])
+def test_the_stem_may_have_patches_and_any_family(patch: str):
+    check_network(bronet(IMAGE, 3, stem=patch, patch=patch, linear="bro", stem_patch=4, channels=6, depth=1, width=6))
+
+
+@pytest.mark.parametrize("block", CONV_BLOCKS)
+def test_sllnet_takes_every_block(block: str):
+    check_network(sllnet(IMAGE, 3, conv_block=block, channels=4, conv_blocks=2, pool=4, width=None))
+
+
+@pytest.mark.parametrize(
+    ("conv_block", "dense_block", "activation"),
+    [
+        ("sandwich", "sandwich", "relu"),
+        ("sandwich", "lbdn", "relu"),
+        ("ldlt", "gershgorin", "relu"),
+        ("ldlt", "ldlt", "maxmin"),
+    ],
+)
+def test_lbdn_takes_blocks_that_change_the_size(conv_block: str, dense_block: str, activation: str):
+    model = lbdn(
+        IMAGE, 3, conv_block=conv_block, dense_block=dense_block, channels=2, stages=2, width=6, activation=activation
+    )
+    check_network(model)
+
+
+@pytest.mark.parametrize("stem", ["rko", "aoc", "bro"])
+@pytest.mark.parametrize("position", [True, False])
+def test_lipnext_takes_every_strided_stem(stem: str, position: bool):
+    check_network(lipnext(IMAGE, 3, width=6, depth=2, patch_size=2, stem=stem, position=position))
+
+
+@pytest.mark.parametrize("conv", ["aoc", "bro", "soc"])
+def test_lipconvnet_5_has_no_convolution_of_stride_1(conv: str):
+    check_network(lipconvnet(IMAGE, 3, conv=conv, channels=2, stages=3, convs_per_stage=0))
+
+
+def test_models_of_odd_and_non_square_images():
+    x = torch.rand(2, 1, 9, 14)
+    for make in (bronet, liresnet):
+        assert make((1, 9, 14), 3, channels=4, depth=1, width=6, dense=0)(x).shape == (2, 3)
+    assert lbdn((1, 9, 14), 3, channels=2, width=6)(x).shape == (2, 3)
+    assert sllnet((1, 9, 14), 3, channels=2, pool=4, width=None, hidden_features=3)(x).shape == (2, 3)
+    assert convnet((1, 12, 8), 3, channels=4)(torch.rand(2, 1, 12, 8)).shape == (2, 3)
+
+
+def test_logits_of_a_truncated_head_differ_by_root_2():
+    model = convnet(IMAGE, 3, channels=4, convs_per_block=1)
+    apart = lp.split_head(model, IMAGE).margin_lipschitz(3)
+    torch.testing.assert_close(apart, math.sqrt(2) * (1 - torch.eye(3, dtype=apart.dtype)))
+    x = torch.rand(2, *IMAGE)
+    torch.testing.assert_close(model(x), model[:-1](x)[:, :3])
+
+
+# ------------------------------------------------------------------------------------- sizes of the published networks
+
+
+@pytest.mark.parametrize(("channels", "millions"), [(16, 1.57), (32, 6.28), (64, 25.12), (128, 100.46)])
+def test_convnets_xs_to_l(channels: int, millions: float):
+    stages = [(channels * 2**i, 3 if i < 4 else 1) for i in range(5)]
+    expected = channels * (channels + 1) + sum(5 * (w * w * k * k + w) for w, k in stages)
+    expected += 32 * channels * (32 * channels + 1)
+    assert parameters(lambda: convnet((3, 32, 32), 10, channels=channels)) == expected
+    assert expected / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_convnet_halves_tiny_imagenet_six_times():
+    with torch.device("meta"):
+        model = convnet((3, 64, 64), 200, channels=16)
+    sizes = [(m.in_channels, m.kernel_size[0]) for m in model.body if isinstance(m, lp.AOLConv2d)]
+    stages = [(16 * 2**i, 3 if i < 5 else 1) for i in range(6) for _ in range(5)]
+    assert sizes == [(16, 1), *stages, (1024, 1)]
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [((45, 20, 7), 41), ((60, 30, 10), 78), ((90, 50, 10), 118), ((120, 70, 15), 236)]
+)
+def test_sll_networks_small_to_xlarge(size: tuple[int, int, int], millions: int):
+    channels, convs, dense = size
+    paper = {"hidden_channels": 5, "pool": 4, "width": None, "hidden_features": 2048}
+    features = channels * 8 * 8
+    expected = convs * (5 * channels * 9 + 5 + 5) + dense * (2048 * features + 2048 + 2048) + 10 * (features + 1)
+    found = parameters(
+        lambda: sllnet((3, 32, 32), 10, channels=channels, conv_blocks=convs, dense_blocks=dense, **paper)
+    )
+    assert found == expected
+    assert found // 10**6 == millions
+
+
+def test_bronet_l_and_liresnet_share_all_but_the_backbone():
+    around = 512 * (3 * 25 + 1)  # stem
+    around += 512 * (512 * 16 + 1)  # patches
+    around += 2048 * (512 * 4 * 4 + 1) + 8 * 2048 * (2048 + 1) + 10 * (2048 + 1)
+    assert parameters(lambda: bronet((3, 32, 32), 10)) == around + 12 * (512 * 256 * 9 + 512)
+    assert parameters(lambda: liresnet((3, 32, 32), 10)) == around + 12 * (512 * 512 * 9 + 512)
+    ranks = parameters(lambda: bronet((3, 32, 32), 10, rank_ratio=0.125))
+    assert ranks == around + 12 * (512 * 64 * 9 + 512)
+
+
+@pytest.mark.parametrize("kept", [16, 32, 48])
+def test_aol_networks_small_to_large(kept: int):
+    def layer(there: int, here: int) -> int:
+        return there * (here + 1)
+
+    expected = layer(192, 48) + 12 * layer(192, 192 * 9) + layer(192, 192) + 14 * layer(64 * kept, 64 * kept)
+    assert parameters(lambda: aolnet((3, 32, 32), 10, patch_features=kept)) == expected
+
+
+@pytest.mark.parametrize(("image", "stages"), [(32, 3), (64, 4)])
+def test_lbdn_on_cifar_and_tiny_imagenet(image: int, stages: int):
+    def block(here: int, there: int, taps: int = 1) -> int:  # raw, Ψ, hidden and outer bias
+        return there * (there + here) * taps + 3 * there
+
+    here, expected = 3, 0
+    for there in (64 * 2**stage for stage in range(stages)):
+        # a stride makes 4 channels of each, and a kernel of 2 × 2 of one of 3 × 3
+        expected += block(here, there, 9) + block(4 * there, there, 4)
+        here = there
+    expected += block(here * 16, 2048) + block(2048, 2048) + block(2048, 1024) + 10 * (1024 + 1)
+    found = parameters(lambda: lbdn((3, image, image), 10, stages=stages))
+    assert found == expected
+
+
+def test_lipnext_l32w1024_has_64m_parameters_on_the_manifold():
+    with torch.device("meta"):
+        model = lipnext((3, 32, 32), 10)
+    on_manifold = sum(p.numel() for p in model.parameters() if isinstance(p, lp.OrthogonalParameter))
+    assert on_manifold == 64 * 2**20
+    rest = 1024 * (48 + 1) + 32 * (1024 * 8 * 8 + 1024) + 10 * (1024 + 1)
+    assert sum(p.numel() for p in model.parameters()) == on_manifold + rest
+
+
+@pytest.mark.parametrize("n", range(5, 45, 5))
+def test_lipconvnet_n_has_n_convolutions_and_1024_features(n: int):
+    with torch.device("meta"):
+        model = lipconvnet((3, 32, 32), 10, conv="soc", stages=5, convs_per_stage=n // 5 - 1)
+    convs = [m for m in model.body if isinstance(m, lp.SOCConv2d)]
+    assert len(convs) == n
+    assert [c.out_channels for c in convs if c.stride == (2, 2)] == [64, 128, 256, 512, 1024]
+    assert model.head.in_features == 1024
+
+
+# ---------------------------------------------------------------------------------------------------------- bad inputs
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (convnet, {"blocks": 4}, "blocks=4"),
+        (convnet, {"blocks": 0}, "blocks=0"),
+        (convnet, {"channels": 5}, "channels=5"),
+        (convnet, {"kernel_size": 2}, "kernel_size=2"),
+        (convnet, {"channels": 0}, "channels=0"),
+        (aolnet, {"patch_size": 3}, "patch_size=3"),
+        (aolnet, {"patch_features": 0}, "patch_features=0"),
+        (aolnet, {"patch_size": 8, "patch_features": 2}, "2 features for 3 classes"),
+        (bronet, {"depth": 0}, "depth=0"),
+        (bronet, {"dense": -1}, "dense=-1"),
+        (bronet, {"stem_patch": 9}, "stem_patch=9"),
+        (bronet, {"stem_patch": 0}, "stem_patch=0"),
+        (bronet, {"rank_ratio": 2.0}, "rank_ratio=2.0"),
+        (liresnet, {"dense": True}, "dense=True"),
+        (liresnet, {"block": "bro"}, "bro"),
+        (liresnet, {"head": "normalised"}, "normalized"),
+        (lbdn, {"width": 1}, "width=1"),
+        (lbdn, {"stages": 0}, "stages=0"),
+        (lbdn, {"conv_block": "sll"}, "sll"),
+        (lbdn, {"dense_block": "cpl"}, "cpl"),
+        (lbdn, {"activation": "maxmin"}, "activation"),
+        (lipnext, {"patch_size": 3}, "patch_size=3"),
+        (lipnext, {"stem": "bcop"}, "stride"),
+        (lipnext, {"beta": 2}, "beta=2"),
+        (sllnet, {"pool": 9}, "pool=9"),
+        (sllnet, {"conv_blocks": -1}, "conv_blocks=-1"),
+        (sllnet, {"width": 0}, "width=0"),
+        (lipconvnet, {"convs_per_stage": -1}, "convs_per_stage=-1"),
+        (lipconvnet, {"dense": -1}, "dense=-1"),
+        (lipconvnet, {"stages": 4}, "stages=4"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(make: Callable[..., nn.Module], arguments: dict, message: str):
+    small = {"channels": 4, "width": 6, "depth": 1, "dense": 1}
+    taken = inspect.signature(make).parameters
+    settings = {**{key: value for key, value in small.items() if key in taken}, **arguments}
+    with pytest.raises(lp.LipschitzError, match=message) as caught:
+        make(IMAGE, 3, **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [aolnet, bronet, convnet, lbdn, lipnext, liresnet, sllnet])
+def test_image_models_refuse_rows_of_a_table(make: Callable[..., nn.Module]):
+    with pytest.raises(ArgumentError, match="input_shape"):
+        make((7,), 3)

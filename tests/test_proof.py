@@ -172,7 +172,7 @@ def test_weights_of_another_machine_run_and_those_of_another_model_are_refused()
     again = CertifiedNetwork(classifier(), (16,), 4, weights=near)
     assert again.sha256() != network.sha256()
     assert all(torch.equal(tensor, near[name]) for name, tensor in again.weights().items())
-    assert again.body_bound > 1 + 1e-6
+    assert again.bounds.split.body_bound > 1 + 1e-6
     for spoil, says in [
         (lambda state: state.pop("1.weight"), "1.weight: is not in both"),
         (lambda state: state.update(new=torch.zeros(1)), "new: is not in both"),
@@ -291,7 +291,7 @@ def test_certificates_of_convolutional_networks_hold(name: str, family: Any, str
 
 def check(network: CertifiedNetwork, shape: tuple[int, ...], seed: int) -> None:
     """Bounds above what random pairs show; certified points keep their prediction under attack."""
-    assert difference_quotient(network, shape, seed) <= network.layers[""] * (1 + 1e-9)
+    assert difference_quotient(network, shape, seed) <= network.bounds.upper[""] * (1 + 1e-9)
     x = torch.rand(16, math.prod(shape), dtype=F64, generator=torch.Generator().manual_seed(seed))
     flat = lambda z: z.view(-1, *shape)  # noqa: E731
     radius = network.radius(flat(x))

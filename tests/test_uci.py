@@ -162,7 +162,7 @@ def test_the_result_is_what_certify_says_of_the_trained_model(root):
     certificates = certify(network, [(data.features[test], data.labels[test])], input_range=None)
     found = result["models"][1]
     assert (found["fold"], found["seed"], found["n_test"]) == (1, 0, 6)
-    assert found["bound"] == pytest.approx(network.body_bound, rel=1e-6)
+    assert found["bound"] == pytest.approx(network.bounds.split.body_bound, rel=1e-6)
     assert found["clean"] == certificates.clean_accuracy
     for radius in (36, 72, 108, 255):
         assert found[f"c{radius}"] == certificates.accuracy(radius / 255)

@@ -112,5 +112,5 @@ def _certified(model: torch.nn.Module, data: UCISet, rows: Tensor) -> dict[str, 
         **dict(zip(METRICS, [certificates.clean_accuracy, *accuracies], strict=True)),
         "n_test": len(rows),
         "not_finite": certificates.not_finite,
-        "bound": network.body_bound,
+        "bound": network.bounds.split.body_bound,
     }

@@ -1,6 +1,8 @@
 """What can be proved about a whole module."""
 
+from liplayers.bounds.composition import ClassifierBounds as ClassifierBounds
 from liplayers.bounds.composition import HeadSplit as HeadSplit
+from liplayers.bounds.composition import classifier_bounds as classifier_bounds
 from liplayers.bounds.composition import layer_bounds as layer_bounds
 from liplayers.bounds.composition import lipschitz_bound as lipschitz_bound
 from liplayers.bounds.composition import register_bound as register_bound

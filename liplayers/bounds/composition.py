@@ -22,6 +22,7 @@ from liplayers.layers.base import LipschitzLinear, LipschitzModule
 from liplayers.layers.containers import Container
 from liplayers.layers.heads import rounded_up, row_distances
 from liplayers.linalg import upward
+from liplayers.linalg.verified import Enclosure
 
 
 def lipschitz_bound(model: nn.Module, input_shape: Shape | None = None) -> float:
@@ -105,14 +106,45 @@ def split_head(model: nn.Module, input_shape: Shape | None = None) -> HeadSplit:
     return _Walk(model, input_shape).split(model, "")
 
 
+@dataclass(frozen=True)
+class ClassifierBounds:
+    """Everything that one walk over a classifier proves.
+
+    Attributes:
+        split: the body with its bound, and the head.
+        upper: the bound of each module on the walk, by path; the empty path is the whole.
+        lower: proven lower bounds of the norms of layers that run one matrix or kernel; of a convolution's supremum
+            over images.
+    """
+
+    split: HeadSplit
+    upper: dict[str, float]
+    lower: dict[str, float]
+
+
+def classifier_bounds(model: nn.Module, input_shape: Shape | None = None) -> ClassifierBounds:
+    """`split_head` and `layer_bounds` in one walk; errors as `lipschitz_bound`.
+
+    >>> found = classifier_bounds(nn.Sequential(nn.ReLU(), nn.Linear(4, 3)), (4,))
+    >>> found.split.body_bound, found.lower["1"] <= found.upper["1"]
+    (1.0, True)
+    """
+    walk = _Walk(model, input_shape)
+    walk.bound(model, "")
+    return ClassifierBounds(walk.split(model, ""), walk.found, walk.lower)
+
+
 class _Walk:
     """One walk over a model: where each bound comes from, and which input shapes each module saw."""
 
     def __init__(self, model: nn.Module, input_shape: Shape | None) -> None:
         self.found: dict[str, float] = {}
+        self.lower: dict[str, float] = {}
         self.shapes = {} if input_shape is None else _record_shapes(model, tuple(input_shape))
 
     def bound(self, module: nn.Module, path: str) -> float:
+        if path in self.found:
+            return self.found[path]
         try:
             _check_unchanged(module)
             _check_finite(module, path)
@@ -136,7 +168,7 @@ class _Walk:
             return module.compose_bounds([self.bound(b, _join(path, names.get(b, type(b).__name__))) for b in branches])
         if _is_sequential(module):
             return self._product(_children(module), path)
-        known = self._torch_bound(module)
+        known = self._torch_bound(module, path)
         if known is not None:
             return known
         return max(bounds[_output(graph)] for graph, bounds in self._traced(module, path))
@@ -144,9 +176,14 @@ class _Walk:
     def _product(self, children: list[tuple[str, nn.Module]], path: str) -> float:
         return upward.product(*(self.bound(child, _join(path, name)) for name, child in children))
 
-    def _torch_bound(self, module: nn.Module) -> float | None:
-        shapes = self.shapes.get(module, {None})
-        found = [torch_bound(module, shape) for shape in shapes]
+    def _torch_bound(self, module: nn.Module, path: str) -> float | None:
+        found = []
+        for shape in self.shapes.get(module, {None}):
+            value = torch_bound(module, shape)
+            if isinstance(value, Enclosure):
+                self.lower[path] = value.lower
+                value = value.upper
+            found.append(value)
         return None if None in found else max(f for f in found if f is not None)
 
     def _traced(self, module: nn.Module, path: str) -> list[tuple[fx.Graph, dict[fx.Node, float]]]:
@@ -192,7 +229,7 @@ class _Walk:
             below = self._product(body, path)
             inner = self.split(last, _join(path, last_name))
             return HeadSplit(upward.product(below, inner.body_bound), inner.head)
-        if self._is_leaf(module) or self._torch_bound(module) is not None:
+        if self._is_leaf(module):
             return HeadSplit(self.bound(module, path), None)
         return self._split_traced(module, path)
 

@@ -15,10 +15,10 @@ from liplayers.errors import UnknownBoundError
 from liplayers.layers.activations import slope_range
 from liplayers.linalg import upward
 from liplayers.linalg.convolution import overlap
-from liplayers.linalg.verified import conv_norm_enclosure, norm_enclosure
+from liplayers.linalg.verified import Enclosure, conv_norm_enclosure, norm_enclosure
 
 Shape = tuple[int, ...]
-Rule = Callable[[Any, "Shape | None"], float]
+Rule = Callable[[Any, "Shape | None"], float | Enclosure]
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
@@ -29,22 +29,22 @@ def _isometry(module: nn.Module, shape: Shape | None) -> float:
     return 1.0
 
 
-def _linear(module: nn.Linear, shape: Shape | None) -> float:
-    return norm_enclosure(module.weight).upper
+def _linear(module: nn.Linear, shape: Shape | None) -> Enclosure:
+    return norm_enclosure(module.weight)
 
 
-def _conv(module: nn.Conv1d | nn.Conv2d, shape: Shape | None) -> float:
+def _conv(module: nn.Conv1d | nn.Conv2d, shape: Shape | None) -> float | Enclosure:
     """The norm on the infinite grid times that of the padding, which zeros and a mere wrap-around leave at 1."""
     line = len(module.kernel_size) == 1  # an image of height 1
     weight = module.weight.unsqueeze(2) if line else module.weight
     stride, dilation = ((1, *size) if line else size for size in (module.stride, module.dilation))
-    norm = conv_norm_enclosure(weight, _pair(stride), _pair(dilation), module.groups).upper
+    norm = conv_norm_enclosure(weight, _pair(stride), _pair(dilation), module.groups)
     pads = _per_axis(module._reversed_padding_repeated_twice)
     if module.padding_mode == "zeros" or not any(map(any, pads)):
         return norm
     if module.padding_mode == "circular" and _wraps_around(module, pads, shape):
         return norm
-    return upward.product(norm, _padding_norm(module.padding_mode, pads, shape))
+    return upward.product(norm.upper, _padding_norm(module.padding_mode, pads, shape))
 
 
 def _per_axis(pads: Sequence[int]) -> list[tuple[int, int]]:
@@ -91,9 +91,9 @@ _PAD_MODES: dict[type[nn.Module], str] = {
 }
 
 
-def _conv_transpose2d(module: nn.ConvTranspose2d, shape: Shape | None) -> float:
+def _conv_transpose2d(module: nn.ConvTranspose2d, shape: Shape | None) -> Enclosure:
     """The norm of its adjoint, a convolution with the same kernel."""
-    return conv_norm_enclosure(module.weight, _pair(module.stride), _pair(module.dilation), module.groups).upper
+    return conv_norm_enclosure(module.weight, _pair(module.stride), _pair(module.dilation), module.groups)
 
 
 def _overlaps(module: nn.MaxPool2d | nn.AvgPool2d) -> int:
@@ -223,8 +223,8 @@ RULES: dict[type[nn.Module], Rule] = {
 }
 
 
-def torch_bound(module: nn.Module, shape: Shape | None) -> float | None:
-    """The bound of one of torch's modules on inputs of `shape`; None if the type is not known.
+def torch_bound(module: nn.Module, shape: Shape | None) -> float | Enclosure | None:
+    """The bound of one of torch's modules on inputs of `shape`, of a weight from both sides; None if it is not known.
 
     The exact type counts: a subclass may compute something else.
     """

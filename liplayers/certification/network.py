@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liplayers.bounds import layer_bounds, split_head
+from liplayers.bounds import classifier_bounds
 from liplayers.bounds.rounding import Rounding, RoundingAnalysis
 from liplayers.certification.radius import certified_radius
 from liplayers.errors import ArgumentError, CheckpointError, ShapeError, UnknownNameError
@@ -42,8 +42,7 @@ class CertifiedNetwork(nn.Module):
 
     Attributes:
         network: what runs.
-        layers: proven Lipschitz bound of each module on the walk through the network, by path.
-        body_bound: of everything below the linear head, whose type is `head_type`, or of the whole model without one.
+        bounds: proven bounds of each layer, of the body below the linear head, and of the whole.
         margin_lipschitz: (K, K), of the logit differences.
 
     Raises:
@@ -87,14 +86,12 @@ class CertifiedNetwork(nn.Module):
             model = model.eval().requires_grad_(False)
             self.stored_dtype = _dtype(model)
         with torch.no_grad(), exact_precision(torch.device("cpu")):
-            self.layers = layer_bounds(model, input_shape)
-            split = split_head(model, input_shape)
-            self.margin_lipschitz = split.margin_lipschitz(num_classes)
-        self.body_bound = split.body_bound
-        self.head_type = None if split.head is None else type(split.head).__name__
-        self._analysis = RoundingAnalysis(model, input_shape, self.layers) if mode == "proof" else None
+            self.bounds = classifier_bounds(model, input_shape)
+            self.margin_lipschitz = self.bounds.split.margin_lipschitz(num_classes)
+        self._analysis = RoundingAnalysis(model, input_shape, self.bounds.upper) if mode == "proof" else None
         self._roundings: dict[float, Rounding] = {}
-        self.network = copy.deepcopy(model).to(self.device) if mode == "proof" else model.to(self.device)
+        kept = self._analysis is not None and self.device.type != "cpu"  # the analysis needs it on the CPU
+        self.network = (copy.deepcopy(model) if kept else model).to(self.device)
         self.eval()
 
     @property

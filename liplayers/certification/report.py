@@ -56,6 +56,7 @@ def statement(mode: str, unit: str) -> str:
 
 def proofs(network: CertifiedNetwork) -> dict[str, Any]:
     """What was proven of the network: hash, bounds of its layers, rounding."""
+    split = network.bounds.split
     found: dict[str, Any] = {
         "network": {
             "sha256": network.sha256(),
@@ -63,9 +64,10 @@ def proofs(network: CertifiedNetwork) -> dict[str, Any]:
             "parameters": sum(t.numel() for t in network.network.parameters()),
         },
         "lipschitz": {
-            "body": network.body_bound,
-            "head": network.head_type,
-            "layers": network.layers,
+            "body": split.body_bound,
+            "head": None if split.head is None else type(split.head).__name__,
+            "layers": network.bounds.upper,
+            "lower": network.bounds.lower,
         },
     }
     rounding = network.worst_rounding

@@ -10,7 +10,7 @@ from liplayers.errors import ArgumentError
 from liplayers.layers.activations import get_activation
 from liplayers.layers.base import check_positive
 from liplayers.layers.registry import get_layer
-from liplayers.models.parts import LayerChoice, centring, image_shape, make_head, sequence
+from liplayers.models.parts import LayerChoice, centring, check_not_negative, image_shape, make_head, sequence
 
 
 def lipconvnet(
@@ -31,12 +31,16 @@ def lipconvnet(
 ) -> nn.Sequential:
     """Stages of `convs_per_stage` convolutions and one of stride 2 that doubles the channels; then dense layers, head.
 
+    stages=5 and convs_per_stage = n/5 − 1 is LipConvNet-n (n = 5, 10, … 40) on images of 32 × 32, with the paper's 32
+    channels; its last convolution has kernel 1 there and `kernel_size` here.
+
     Args:
         input_shape: (channels, height, width) of one image.
         conv: a family's name or a class with nn.Conv2d's signature.
         linear: of the dense layers; None takes the family of `conv` (which must then be a name).
         channels: of the first stage.
         stages: each halves the image; ⌈height/2^stages⌉ must stay at least 1.
+        convs_per_stage: of stride 1, before that of stride 2; may be 0.
         dense, width: number and size of dense layers before the head.
         head: "normalized", "linear", or a family's name.
 
@@ -44,12 +48,15 @@ def lipconvnet(
         UnknownNameError: a layer, activation or head of unknown name.
         ArgumentError: more stages than the image has halvings.
 
+    Source: Singla & Feizi 2021, arXiv 2105.11417.
+
     >>> lipconvnet((3, 32, 32), 10, conv="aol", channels=8, stages=3).head
     NormalizedLinear(in_features=1024, out_features=10, bias=True)
     """
     image = image_shape(input_shape)
-    check_positive(lipconvnet, channels=channels, stages=stages, convs_per_stage=convs_per_stage)
-    check_positive(lipconvnet, kernel_size=kernel_size, width=width, num_classes=num_classes)
+    check_positive(lipconvnet, channels=channels, stages=stages, kernel_size=kernel_size)
+    check_not_negative(lipconvnet, convs_per_stage=convs_per_stage, dense=dense)
+    check_positive(lipconvnet, width=width, num_classes=num_classes)
     layer = get_layer(conv, "conv")
     size, here = list(image[1:]), image[0]
     body: list[nn.Module] = []

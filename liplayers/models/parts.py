@@ -9,8 +9,11 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from liplayers.errors import ArgumentError, UnknownNameError
+from liplayers.layers.activations import get_activation
+from liplayers.layers.base import check_positive
 from liplayers.layers.containers import Normalize
 from liplayers.layers.heads import NormalizedLinear
+from liplayers.layers.pooling import PadChannels
 from liplayers.layers.registry import FAMILIES, get_layer
 
 LayerChoice = str | Callable[..., nn.Module]
@@ -23,13 +26,26 @@ def centring(input_shape: Sequence[int], mean: float) -> nn.Module:
     return Normalize([mean] * channels, [1.0] * channels)
 
 
+def check_not_negative(owner: Callable[..., nn.Module], **counts: int) -> None:
+    """Raise ArgumentError unless every count is an integer of at least 0."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ArgumentError(f"{owner.__name__}: {name}={value!r}; expected an integer of at least 0")
+
+
 def make_head(head: LayerChoice, features: int, num_classes: int) -> nn.Module:
-    """The last layer: "normalized" (unit rows), "linear" (unconstrained), or a family with a linear layer."""
+    """The last layer: "normalized" (unit rows), "linear" (unconstrained), "truncated" (the first features are the
+    logits), or a family with a linear layer.
+    """
     if head == "normalized":
         return NormalizedLinear(features, num_classes)
     if head == "linear":
         return nn.Linear(features, num_classes)
-    known = ["normalized", "linear", *(f.name for f in FAMILIES.values() if f.linear)]
+    if head == "truncated":
+        if features < num_classes:
+            raise ArgumentError(f"head='truncated': {features} features for {num_classes} classes; widen the layer")
+        return PadChannels(num_classes)
+    known = ["normalized", "linear", "truncated", *(f.name for f in FAMILIES.values() if f.linear)]
     if isinstance(head, str) and head not in known:
         raise UnknownNameError.of("head", head, known)
     return get_layer(head, "linear")(features, num_classes)
@@ -54,3 +70,42 @@ def flat_size(input_shape: Sequence[int]) -> int:
 def sequence(**modules: nn.Module) -> nn.Sequential:
     """An nn.Sequential of named modules."""
     return nn.Sequential(OrderedDict(modules))
+
+
+def around_backbone(
+    image: Shape3d,
+    backbone: Sequence[nn.Module],
+    *,
+    stem: LayerChoice,
+    patch: LayerChoice,
+    linear: LayerChoice,
+    channels: int,
+    width: int,
+    dense: int,
+    stem_patch: int | None,
+    activation: str | Callable[[], nn.Module],
+) -> nn.Sequential:
+    """What LiResNet and BRONet put around their backbone, which keeps the shape of (channels, height, width).
+
+    Before it a convolution 5 × 5 of stride 2, or one of patches of `stem_patch`; after it one of patches 4 × 4 (of
+    smaller ones on smaller images), a dense layer to `width` and `dense` more, each but that of the patches with an
+    activation.
+    """
+    conv = get_layer(stem, "conv")
+    if stem_patch is None:
+        first = conv(image[0], channels, 5, stride=2, padding=2)
+        sizes = [(n + 1) // 2 for n in image[1:]]
+    else:
+        check_positive(around_backbone, stem_patch=stem_patch)
+        first = conv(image[0], channels, stem_patch, stride=stem_patch)
+        sizes = [n // stem_patch for n in image[1:]]
+    if min(sizes) < 1:
+        raise ArgumentError(f"stem_patch={stem_patch}: larger than the image {image[1:]}")
+    patch_size = min(4, *sizes)
+    features = channels * math.prod(n // patch_size for n in sizes)
+    body = [first, get_activation(activation), *backbone]
+    body += [get_layer(patch, "conv")(channels, channels, patch_size, stride=patch_size), nn.Flatten()]
+    for _ in range(1 + dense):
+        body += [get_layer(linear, "linear")(features, width), get_activation(activation)]
+        features = width
+    return nn.Sequential(*body)

@@ -1,0 +1,77 @@
+"""The AOL networks small, medium and large, on patches (Prach & Lampert 2022, arXiv 2208.03160)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from liplayers.errors import ArgumentError
+from liplayers.layers.activations import get_activation
+from liplayers.layers.base import check_positive
+from liplayers.layers.pooling import PadChannels, Patchify2d
+from liplayers.layers.registry import get_layer
+from liplayers.models.parts import LayerChoice, centring, image_shape, make_head, sequence
+
+
+def aolnet(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    conv: LayerChoice = "aol",
+    linear: LayerChoice = "aol",
+    patch_size: int = 4,
+    channels: int = 192,
+    depth: int = 12,
+    patch_features: int = 16,
+    dense: int = 14,
+    activation: str | Callable[[], nn.Module] = "maxmin",
+    head: LayerChoice = "truncated",
+    mean: float = 0.5,
+) -> nn.Sequential:
+    """Patches become channels, a 1 × 1 convolution, `depth` 3 × 3 convolutions, a 1 × 1 convolution of which
+    `patch_features` channels are kept, dense layers that keep the number of features, head.
+
+    patch_features = 16, 32, 48 are the paper's AOL-Small, Medium and Large on CIFAR. The initialisation is that of the
+    layers, where the paper starts from the identity.
+
+    Args:
+        input_shape: (channels, height, width) of one image.
+        conv, linear: a family's name, or a class with nn.Conv2d's or nn.Linear's signature.
+        patch_size: of the patches, which must divide the image.
+        channels: of the convolutions.
+        depth: number of 3 × 3 convolutions.
+        patch_features: channels of each patch that the dense layers see.
+        dense: number of dense layers; no activation follows the last.
+        head: "truncated" (the first outputs of the last layer are the logits, as in the paper), "normalized",
+            "linear", or a family's name.
+
+    Raises:
+        UnknownNameError: a layer, activation or head of unknown name.
+        ArgumentError: patches that do not divide the image.
+
+    Source: Prach & Lampert 2022, arXiv 2208.03160.
+
+    >>> aolnet((3, 32, 32), 10, channels=8, depth=1, dense=1).body[-1]
+    AOLLinear(in_features=1024, out_features=1024, bias=True)
+    """
+    image = image_shape(input_shape)
+    check_positive(aolnet, patch_size=patch_size, channels=channels, depth=depth, patch_features=patch_features)
+    check_positive(aolnet, dense=dense, num_classes=num_classes)
+    if image[1] % patch_size or image[2] % patch_size:
+        raise ArgumentError(f"aolnet: patch_size={patch_size} does not divide the image {image[1:]}")
+    layer = get_layer(conv, "conv")
+    features = patch_features * (image[1] // patch_size) * (image[2] // patch_size)
+    embedding = layer(image[0] * patch_size**2, channels, 1)
+    body: list[nn.Module] = [Patchify2d(patch_size), embedding, get_activation(activation)]
+    for _ in range(depth):
+        body += [layer(channels, channels, 3, padding=1), get_activation(activation)]
+    body += [layer(channels, channels, 1), PadChannels(patch_features), nn.Flatten()]
+    for i in range(dense):
+        body += [get_activation(activation)] if i else []
+        body.append(get_layer(linear, "linear")(features, features))
+    return sequence(
+        preprocess=centring(image, mean),
+        body=nn.Sequential(*body),
+        head=make_head(head, features, num_classes),
+    )

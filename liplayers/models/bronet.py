@@ -1,0 +1,93 @@
+"""BRONet: orthogonal convolutions between a strided stem and dense layers (Lai et al. 2025, arXiv 2505.15174).
+
+Differs from the public code in that the means are subtracted before each convolution rather than after it, where they
+are those of its output up to the border, and in the stem's norm, which is a proven bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from liplayers.layers.activations import get_activation
+from liplayers.layers.base import check_positive
+from liplayers.layers.offsets import Centring
+from liplayers.layers.registry import get_layer
+from liplayers.models.parts import (
+    LayerChoice,
+    around_backbone,
+    centring,
+    check_not_negative,
+    image_shape,
+    make_head,
+    sequence,
+)
+
+
+def bronet(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    conv: LayerChoice = "bro",
+    rank_ratio: float | None = None,
+    stem: LayerChoice = "rescaled",
+    patch: LayerChoice = "cholesky",
+    linear: LayerChoice = "cholesky",
+    channels: int = 512,
+    depth: int = 12,
+    width: int = 2048,
+    dense: int = 8,
+    stem_patch: int | None = None,
+    activation: str | Callable[[], nn.Module] = "maxmin",
+    head: LayerChoice = "normalized",
+    mean: float = 0.5,
+) -> nn.Sequential:
+    """Stem, `depth` 3 × 3 convolutions, each after centring, a convolution of patches 4 × 4, dense layers, head.
+
+    The defaults are BRONet-L on CIFAR (68.8M parameters).
+
+    Args:
+        input_shape: (channels, height, width) of one image.
+        conv: of the backbone, a family's name or a class with nn.Conv2d's signature.
+        rank_ratio: of BRO's convolutions; None for BRO's default and for every other family.
+        stem: of the first convolution, 5 × 5 with stride 2.
+        patch: of the convolution of stride 4 after the backbone.
+        linear: of the dense layers.
+        channels: of the backbone.
+        depth: convolutions in the backbone.
+        width, dense: size of the dense layers, and how many follow the first.
+        stem_patch: None, or the size of the patches of a stem with kernel = stride, as for ImageNet.
+        head: "normalized", "linear", "truncated", or a family's name.
+
+    Raises:
+        UnknownNameError: a layer, activation or head of unknown name.
+        ArgumentError: patches larger than the image, sizes below 1.
+
+    Source: Lai et al. 2025, arXiv 2505.15174.
+
+    >>> bronet((3, 32, 32), 10, channels=8, depth=1, width=16, dense=0).head
+    NormalizedLinear(in_features=16, out_features=10, bias=True)
+    """
+    image = image_shape(input_shape)
+    check_positive(bronet, channels=channels, depth=depth, width=width, num_classes=num_classes)
+    check_not_negative(bronet, dense=dense)
+    layer = get_layer(conv, "conv")
+    options: dict[str, Any] = {} if rank_ratio is None else {"rank_ratio": rank_ratio}
+    backbone: list[nn.Module] = []
+    for _ in range(depth):
+        backbone += [Centring(channels), layer(channels, channels, 3, padding=1, **options), get_activation(activation)]
+    body = around_backbone(
+        image,
+        backbone,
+        stem=stem,
+        patch=patch,
+        linear=linear,
+        channels=channels,
+        width=width,
+        dense=dense,
+        stem_patch=stem_patch,
+        activation=activation,
+    )
+    return sequence(preprocess=centring(image, mean), body=body, head=make_head(head, width, num_classes))

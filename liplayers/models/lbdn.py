@@ -1,0 +1,90 @@
+"""LBDN's convolutional networks: sandwich blocks that halve the image, dense ones, a linear head (Wang & Manchester
+2023, arXiv 2301.11526).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from liplayers.errors import ArgumentError
+from liplayers.layers.activations import get_activation
+from liplayers.layers.base import check_positive
+from liplayers.layers.registry import get_layer
+from liplayers.models.parts import LayerChoice, centring, image_shape, make_head, sequence
+
+
+def lbdn(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    conv_block: LayerChoice = "sandwich",
+    dense_block: LayerChoice = "sandwich",
+    channels: int = 64,
+    stages: int = 3,
+    width: int = 2048,
+    activation: str | Callable[[], nn.Module] = "relu",
+    head: LayerChoice = "normalized",
+    mean: float = 0.5,
+) -> nn.Sequential:
+    """Stages of two blocks, the second of stride 2, twice the channels in each next stage; dense blocks to `width`,
+    `width` and half of it; head.
+
+    The defaults are the network for CIFAR; Tiny-ImageNet has stages=4.
+
+    Args:
+        input_shape: (channels, height, width) of one image.
+        conv_block, dense_block: a family's name, or a class with the arguments out_channels and stride, or
+            out_features (Sandwich, LDLT; dense also LBDN, Gershgorin).
+        channels: of the first stage.
+        stages: each halves the image, rounding up.
+        width: at least 2.
+        activation: inside the blocks, which refuse what their proof does not cover.
+        head: "normalized", "linear", "truncated", or a family's name.
+
+    Raises:
+        UnknownNameError: a block, activation or head of unknown name.
+        ArgumentError: blocks whose output has the size of their input.
+
+    Source: Wang & Manchester 2023, arXiv 2301.11526.
+
+    >>> lbdn((3, 32, 32), 10, channels=4, stages=1, width=8).body[-1]
+    SandwichBlock(
+      features=8, hidden_features=4, out_features=4
+      (activation): ReLU()
+    )
+    """
+    image = image_shape(input_shape)
+    check_positive(lbdn, channels=channels, stages=stages, num_classes=num_classes)
+    if width < 2:
+        raise ArgumentError(f"lbdn: width={width!r}; expected at least 2, as the last block has half of it")
+    conv = _resizing(conv_block, "conv_block", "out_channels", "stride")
+    linear = _resizing(dense_block, "dense_block", "out_features")
+    here, *size = image
+    body: list[nn.Module] = []
+    for stage in range(stages):
+        there = channels * 2**stage
+        body.append(conv(here, out_channels=there, stride=1, activation=get_activation(activation)))
+        body.append(conv(there, out_channels=there, stride=2, activation=get_activation(activation)))
+        here, size = there, [(n + 1) // 2 for n in size]
+    body.append(nn.Flatten())
+    features = here * math.prod(size)
+    for there in (width, width, width // 2):
+        body.append(linear(features, out_features=there, activation=get_activation(activation)))
+        features = there
+    return sequence(
+        preprocess=centring(image, mean),
+        body=nn.Sequential(*body),
+        head=make_head(head, features, num_classes),
+    )
+
+
+def _resizing(block: LayerChoice, role: str, *needed: str) -> Callable[..., nn.Module]:
+    """The block of a family, if it takes the arguments that change the size."""
+    make = get_layer(block, role)
+    if not {*needed, "activation"} <= set(inspect.signature(make).parameters):
+        raise ArgumentError(f"lbdn: {role}={block!r} keeps the size of its input; use 'sandwich' or 'ldlt'")
+    return make

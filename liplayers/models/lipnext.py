@@ -1,0 +1,75 @@
+"""LipNeXt: orthogonal patch embedding, blocks of pointwise orthogonal maps and shifts, ℓ2 pooling (Hu et al. 2026,
+arXiv 2601.18513).
+
+No public code exists: the stem, the patch size and a position embedding in every block are our reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from liplayers.errors import ArgumentError
+from liplayers.layers.base import check_positive
+from liplayers.layers.lipnext import LipNeXtBlock
+from liplayers.layers.pooling import GlobalL2Pool2d
+from liplayers.layers.registry import get_layer
+from liplayers.models.parts import LayerChoice, centring, image_shape, make_head, sequence
+
+
+def lipnext(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    width: int = 1024,
+    depth: int = 32,
+    patch_size: int = 4,
+    stem: LayerChoice = "rko",
+    shift_ratio: float = 1 / 16,
+    beta: float = 0.5,
+    position: bool = True,
+    head: LayerChoice = "normalized",
+    mean: float = 0.5,
+) -> nn.Sequential:
+    """Patch embedding, `depth` LipNeXt blocks of `width` channels, the ℓ2 norm of each channel, head.
+
+    LdWw has depth d and width w. The blocks' orthogonal matrices have 2·d·w² entries: 64·2²⁰ for L32W1024, the paper's
+    64M network for CIFAR. Trained by `ManifoldAdamW`, which keeps them orthogonal.
+
+    Args:
+        input_shape: (channels, height, width) of one image.
+        width: channels of the blocks.
+        depth: number of blocks.
+        patch_size: of the patches, kernel and stride of the stem; must divide the image.
+        stem: a family's name or a class with nn.Conv2d's signature.
+        shift_ratio: share of the channels that moves in each direction, up to 1/4.
+        beta: share of the channels that are folded.
+        position: whether each block learns a position embedding, which fixes the image size.
+        head: "normalized", "linear", "truncated", or a family's name.
+
+    Raises:
+        UnknownNameError: a stem or head of unknown name.
+        ArgumentError: patches that do not divide the image, shares out of range.
+
+    Source: Hu et al. 2026, arXiv 2601.18513.
+
+    >>> lipnext((3, 32, 32), 10, width=16, depth=1).body[1]
+    LipNeXtBlock(
+      channels=16, image_size=(8, 8), shift_ratio=0.0625, beta=0.5, bias=True
+      (shift): SpatialShift2d(ratio=0.0625)
+      (activation): BetaAbs(beta=0.5, dim=-3)
+    )
+    """
+    image = image_shape(input_shape)
+    check_positive(lipnext, width=width, depth=depth, patch_size=patch_size, num_classes=num_classes)
+    if image[1] % patch_size or image[2] % patch_size:
+        raise ArgumentError(f"lipnext: patch_size={patch_size} does not divide the image {image[1:]}")
+    size = (image[1] // patch_size, image[2] // patch_size) if position else None
+    embedding = get_layer(stem, "conv")(image[0], width, patch_size, stride=patch_size)
+    blocks = [LipNeXtBlock(width, size, shift_ratio=shift_ratio, beta=beta) for _ in range(depth)]
+    return sequence(
+        preprocess=centring(image, mean),
+        body=nn.Sequential(embedding, *blocks, GlobalL2Pool2d()),
+        head=make_head(head, width, num_classes),
+    )

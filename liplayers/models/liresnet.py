@@ -1,0 +1,94 @@
+"""LiResNet: linear residual blocks between a strided stem and dense layers (Hu et al. 2023, arXiv 2301.12549, and 2024,
+arXiv 2310.02513).
+
+Differs from the public code in that norms are proven bounds rather than power iterations, and in that the means are
+subtracted before each block rather than from its branch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from liplayers.layers.activations import get_activation
+from liplayers.layers.base import check_positive
+from liplayers.layers.offsets import Centring
+from liplayers.layers.registry import get_layer
+from liplayers.models.parts import (
+    LayerChoice,
+    around_backbone,
+    centring,
+    check_not_negative,
+    image_shape,
+    make_head,
+    sequence,
+)
+
+
+def liresnet(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    block: LayerChoice = "liresnet",
+    stem: LayerChoice = "rescaled",
+    patch: LayerChoice = "cholesky",
+    linear: LayerChoice = "cholesky",
+    channels: int = 512,
+    depth: int = 12,
+    width: int = 2048,
+    dense: int = 8,
+    stem_patch: int | None = None,
+    activation: str | Callable[[], nn.Module] = "maxmin",
+    head: LayerChoice = "normalized",
+    mean: float = 0.5,
+) -> nn.Sequential:
+    """Stem, `depth` residual blocks, each after centring, a convolution of patches 4 × 4, dense layers, head.
+
+    The defaults are the network of 2024 on CIFAR (82.9M parameters); channels=256, depth=18, dense=0 is that of 2023
+    up to its neck, which is taken from 2024 here.
+
+    Args:
+        input_shape: (channels, height, width) of one image.
+        block: a family's name or a class that is called with the number of channels.
+        stem: of the first convolution, 5 × 5 with stride 2.
+        patch: of the convolution of stride 4 after the backbone.
+        linear: of the dense layers.
+        channels: of the blocks.
+        depth: blocks in the backbone.
+        width, dense: size of the dense layers, and how many follow the first.
+        stem_patch: None, or the size of the patches of a stem with kernel = stride, as for ImageNet.
+        activation: after each layer, and after each block that has none inside.
+        head: "normalized", "linear", "truncated", or a family's name.
+
+    Raises:
+        UnknownNameError: a layer, block, activation or head of unknown name.
+        ArgumentError: patches larger than the image, sizes below 1.
+
+    Source: Hu et al. 2023, arXiv 2301.12549; Hu et al. 2024, arXiv 2310.02513.
+
+    >>> liresnet((3, 32, 32), 10, channels=8, depth=1, width=16, dense=0).body[3]
+    LiResNetConv2dBlock(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+    """
+    image = image_shape(input_shape)
+    check_positive(liresnet, channels=channels, depth=depth, width=width, num_classes=num_classes)
+    check_not_negative(liresnet, dense=dense)
+    make = get_layer(block, "conv_block")
+    has_activation = "activation" in inspect.signature(make).parameters
+    backbone: list[nn.Module] = []
+    for _ in range(depth):
+        backbone += [Centring(channels), make(channels), *([] if has_activation else [get_activation(activation)])]
+    body = around_backbone(
+        image,
+        backbone,
+        stem=stem,
+        patch=patch,
+        linear=linear,
+        channels=channels,
+        width=width,
+        dense=dense,
+        stem_patch=stem_patch,
+        activation=activation,
+    )
+    return sequence(preprocess=centring(image, mean), body=body, head=make_head(head, width, num_classes))
