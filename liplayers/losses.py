@@ -88,8 +88,102 @@ def logit_annealing(
     return (temperature * complement**exponent * -log_p).mean()
 
 
+def certificate_regularization(logits: Tensor, target: Tensor, margin_lipschitz: Tensor, gamma: float) -> Tensor:
+    r"""CE(f, y) − γ·mean relu(R), R = min_{j≠y} (f_y − f_j)/L_yj: pays for the radius of points classified rightly.
+
+    Args:
+        margin_lipschitz: (K, K); gradients flow through it to the head.
+        gamma: γ ≥ 0, per unit of radius. More of it buys radius on points that are right already, at the price of
+            points near the border, whose cross-entropy then counts less: lower clean, higher certified accuracy at
+            large radii.
+
+    Source: Singla et al. 2022, arXiv 2108.04062.
+
+    >>> logits = torch.tensor([[3.0, 0.0], [3.0, 0.0]])
+    >>> constants = torch.tensor([[0.0, 1.5], [1.5, 0.0]])
+    >>> loss = certificate_regularization(logits, torch.tensor([0, 1]), constants, gamma=0.1)
+    >>> round((loss - F.cross_entropy(logits, torch.tensor([0, 1]))).item(), 4)  # radii 2 and none
+    -0.1
+    """
+    differences = logits.gather(1, target[:, None]) - logits
+    m = margin_lipschitz.to(logits)[target].clamp_min(torch.finfo(logits.dtype).tiny)
+    radius = (differences / m).masked_fill(_one_hot(target, logits).bool(), torch.inf).amin(1)
+    return F.cross_entropy(logits, target) - gamma * radius.relu().mean()
+
+
+def multi_margin(logits: Tensor, target: Tensor, margin: float) -> Tensor:
+    r"""(1/K)·Σ_{j≠y} relu(u − (f_y − f_j)): a hinge on every margin of the true class.
+
+    Args:
+        margin: u > 0, in units of the logits. A point stops to count once all its margins reach u, so u sets the radius
+            trained for, u/L: larger ones trade clean accuracy for certified accuracy at larger radii.
+
+    Source: Crammer & Singer 2001, summed over the classes; `torch.nn.functional.multi_margin_loss`.
+
+    >>> multi_margin(torch.tensor([[3.0, 0.0, 2.0]]), torch.tensor([0]), margin=2.5)
+    tensor(0.5000)
+    """
+    return F.multi_margin_loss(logits, target, margin=margin)
+
+
+def hkr(logits: Tensor, target: Tensor, hinge: float, margin: float) -> Tensor:
+    r"""Hinge-regularised Kantorovich–Rubinstein, one class against all others: mean over the classes k of
+
+        mean(f_k | y ≠ k) − mean(f_k | y = k) + λ·mean relu(m − s_k·f_k),   s_k = 1 where y = k, else −1
+
+    The first two terms are −W₁, estimated by a 1-Lipschitz f_k: they are left out for a class that all samples of the
+    batch have, or none. It is the paper's multi-class loss divided by K. Of several processes each takes its own means.
+
+    Args:
+        hinge: λ ≥ 0. Small ones maximise the mean margin whatever becomes of single points; large ones (10 – 100) ask
+            for the margin m on every point, for accuracy.
+        margin: m > 0, in units of the logits; larger ones trade clean for certified accuracy at larger radii.
+
+    Source: Serrurier et al. 2021, arXiv 2006.06520.
+
+    >>> logits = torch.tensor([[1.0, -1.0], [0.5, 0.5]])
+    >>> hkr(logits, torch.tensor([0, 1]), hinge=2.0, margin=1.0)  # KR −1, hinge 1/2
+    tensor(0.)
+    """
+    member = _one_hot(target, logits)
+    inside, outside = member.sum(0), (1 - member).sum(0)
+    difference = ((1 - member) * logits).sum(0) / outside.clamp_min(1) - (member * logits).sum(0) / inside.clamp_min(1)
+    transport = (difference * ((inside > 0) & (outside > 0))).mean()
+    return transport + hinge * (margin - (2 * member - 1) * logits).relu().mean()
+
+
+def gloro_trades(logits: Tensor, target: Tensor, margin_lipschitz: Tensor, epsilon: float, trade_off: float) -> Tensor:
+    r"""CE(f, y) + λ·KL(softmax(f, −∞) ‖ softmax(f, ⊥)), ⊥ = max_{j≠i} (f_j + ε·L_ij), i the predicted class.
+
+    ⊥ is the logit that a perturbation of radius ε could bring another class to; the divergence is −log(1 − p_⊥).
+
+    Args:
+        margin_lipschitz: (K, K); gradients flow through it to the head.
+        epsilon: > 0, the radius to train for.
+        trade_off: λ ≥ 0. 0 is cross-entropy; larger ones give up clean accuracy for predictions, right or wrong, that
+            hold within ε.
+
+    Source: Leino et al. 2021, arXiv 2102.08452.
+
+    >>> logits = torch.tensor([[3.0, 0.0]])
+    >>> constants = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    >>> loss = gloro_trades(logits, torch.tensor([0]), constants, epsilon=3.0, trade_off=1.0)
+    >>> round((loss - F.cross_entropy(logits, torch.tensor([0]))).item(), 4)  # log((e³ + 1 + e³)/(e³ + 1))
+    0.6691
+    """
+    predicted = logits.argmax(1)
+    raised = logits + epsilon * margin_lipschitz.to(logits)[predicted]
+    bottom = raised.masked_fill(_one_hot(predicted, logits).bool(), -torch.inf).amax(1)
+    divergence = F.softplus(bottom - logits.logsumexp(1))
+    return F.cross_entropy(logits, target) + trade_off * divergence.mean()
+
+
 class MarginLoss(nn.Module):
     """Base of the losses that also take `margin_lipschitz`: forward(logits, target, margin_lipschitz)."""
+
+
+class RadiusLoss(MarginLoss):
+    """Base of those that train for a radius, `epsilon`, which may be changed during training."""
 
     epsilon: float
 
@@ -120,8 +214,8 @@ class OffsetCrossEntropy(nn.Module):
         return f"offset={self.offset}, temperature={self.temperature}"
 
 
-class EMMA(MarginLoss):
-    """`emma` as a module; forward(logits, target, margin_lipschitz). `epsilon` may be changed during training."""
+class EMMA(RadiusLoss):
+    """`emma` as a module; forward(logits, target, margin_lipschitz)."""
 
     def __init__(self, epsilon: float) -> None:
         super().__init__()
@@ -134,7 +228,7 @@ class EMMA(MarginLoss):
         return f"epsilon={self.epsilon}"
 
 
-class LogitAnnealing(MarginLoss):
+class LogitAnnealing(RadiusLoss):
     """`logit_annealing` on EMMA's logits, as BRONet trains; epsilon = 0 takes the plain logits.
 
     Source: Lai et al. 2025, arXiv 2505.15174.
@@ -156,6 +250,64 @@ class LogitAnnealing(MarginLoss):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, offset={self.offset}, exponent={self.exponent}, epsilon={self.epsilon}"
+
+
+class CertificateRegularization(MarginLoss):
+    """`certificate_regularization` as a module; forward(logits, target, margin_lipschitz)."""
+
+    def __init__(self, gamma: float = 0.1) -> None:
+        super().__init__()
+        self.gamma = _number(self, "gamma", gamma, least=0)
+
+    def forward(self, logits: Tensor, target: Tensor, margin_lipschitz: Tensor) -> Tensor:
+        return certificate_regularization(logits, target, margin_lipschitz, self.gamma)
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}"
+
+
+class MultiMargin(nn.Module):
+    """`multi_margin` as a module; forward(logits, target)."""
+
+    def __init__(self, margin: float = 1.0) -> None:
+        super().__init__()
+        self.margin = _number(self, "margin", margin, above=0)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return multi_margin(logits, target, self.margin)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}"
+
+
+class HKR(nn.Module):
+    """`hkr` as a module; forward(logits, target)."""
+
+    def __init__(self, hinge: float = 10.0, margin: float = 1.0) -> None:
+        super().__init__()
+        self.hinge = _number(self, "hinge", hinge, least=0)
+        self.margin = _number(self, "margin", margin, above=0)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return hkr(logits, target, self.hinge, self.margin)
+
+    def extra_repr(self) -> str:
+        return f"hinge={self.hinge}, margin={self.margin}"
+
+
+class GloRoTrades(RadiusLoss):
+    """`gloro_trades` as a module; forward(logits, target, margin_lipschitz)."""
+
+    def __init__(self, epsilon: float, trade_off: float = 1.0) -> None:
+        super().__init__()
+        self.epsilon = _number(self, "epsilon", epsilon, above=0)
+        self.trade_off = _number(self, "trade_off", trade_off, least=0)
+
+    def forward(self, logits: Tensor, target: Tensor, margin_lipschitz: Tensor) -> Tensor:
+        return gloro_trades(logits, target, margin_lipschitz, self.epsilon, self.trade_off)
+
+    def extra_repr(self) -> str:
+        return f"epsilon={self.epsilon}, trade_off={self.trade_off}"
 
 
 def _number(owner: nn.Module, name: str, value: float, least: float | None = None, above: float | None = None) -> float:

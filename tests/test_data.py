@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as F
 
 import liplayers.data.folder as folder_module
 from liplayers.data import (
@@ -26,12 +27,14 @@ from liplayers.data import (
     CIFAR100,
     MNIST,
     BatchSampler,
+    ColorJitter,
     DataModule,
     Digits,
     ImageDataModule,
     ImageFolderData,
     Loaded,
     NpzData,
+    RandAugment,
     RandomHorizontalFlip,
     RandomShift,
     Split,
@@ -228,19 +231,31 @@ def test_eval_loader_gives_all_samples_in_order() -> None:
     assert sum(len(labels) for _, labels in data.eval_loader("train")) == 90
 
 
-def test_processes_share_the_batches() -> None:
-    whole = [batch.tolist() for batch in BatchSampler(20, 3, shuffle=True, drop_last=True)]
-    ranks = [
-        [batch.tolist() for batch in BatchSampler(20, 3, shuffle=True, drop_last=True, num_replicas=2, rank=rank)]
-        for rank in (0, 1)
-    ]
-    assert ranks == [whole[0::2], whole[1::2]]
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_each_batch(processes: int) -> None:
+    whole = list(BatchSampler(20, 6, shuffle=True, drop_last=True, seed=3))
+    options = {"shuffle": True, "drop_last": True, "seed": 3, "num_replicas": processes}
+    shares = [list(BatchSampler(20, 6, rank=rank, **options)) for rank in range(processes)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert {len(part) for part in parts} == {6 // processes}
+        assert sorted(torch.cat(parts).tolist()) == sorted(batch.tolist())
+
+
+@pytest.mark.parametrize(("size", "batch", "drop"), [(20, 5, True), (3, 4, True), (9, 4, False)])
+def test_batch_that_processes_cannot_share_evenly_is_named(size: int, batch: int, drop: bool) -> None:
     fails(
         ArgumentError,
-        lambda: BatchSampler(5, 5, shuffle=True, drop_last=True, num_replicas=2, rank=0),
-        "batch_size=5",
+        lambda: BatchSampler(size, batch, shuffle=True, drop_last=drop, num_replicas=2, rank=0),
+        f"batch_size={batch}",
         "2 processes",
     )
+
+
+def test_sampler_begins_behind_the_batches_that_are_done() -> None:
+    whole = [batch.tolist() for batch in BatchSampler(20, 3, shuffle=True, drop_last=True)]
+    sampler = BatchSampler(20, 3, shuffle=True, drop_last=True, done=lambda: 4)
+    assert [batch.tolist() for batch in sampler] == whole[4:]
+    assert len(sampler) == len(whole)
 
 
 class Recorder(lightning.LightningModule):
@@ -267,7 +282,7 @@ def fit(data: DataModule, epochs: int, tmp_path: Path, checkpoint: Path | None =
     model = Recorder()
     trainer = lightning.Trainer(
         max_epochs=epochs,
-        accelerator="cpu",
+        accelerator=options.pop("accelerator", "cpu"),
         devices=1,
         logger=False,
         enable_checkpointing=False,
@@ -318,6 +333,77 @@ def test_augmentation_leaves_the_global_random_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_split_on_a_device_has_its_own_samples_alone() -> None:
+    data = Ramp(batch_size=9)
+    split = data.split("val")
+    moved = split.to(torch.device("cpu"))
+    assert len(moved.store) == len(split) < len(split.store)
+    index = torch.tensor([3, 0])
+    assert all(torch.equal(a, b) for a, b in zip(moved[index], split[index], strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore")
+def test_data_on_the_gpu_gives_the_batches_of_data_on_the_cpu(tmp_path: Path) -> None:
+    seen = []
+    for on_device in (False, True):
+        data = Ramp(batch_size=30, val_fraction=0.1)
+        data.on_device = on_device
+        seen.append(fit(data, 1, tmp_path, accelerator="cuda").seen)
+        assert data.train_dataloader().dataset.store.is_cuda is on_device  # type: ignore[attr-defined]
+    assert torch.equal(*map(torch.stack, seen))
+
+
+# --- extra training data --------------------------------------------------------------------------------------------
+
+
+def mixed(share: float = 0.25, extra: int = 13, **options: Any) -> Ramp:
+    data = Ramp(**({"batch_size": 20, "val_fraction": 0.0} | options))
+    data.mix(Ramp(extra, val_fraction=0), share)
+    return data
+
+
+def test_extra_samples_are_a_fixed_share_of_each_batch() -> None:
+    """Of 100 samples in batches of 15 and 5 extra ones, 90 are seen in an epoch; 30 places for 13 extra samples."""
+    data = mixed()
+    sampler = data.train_sampler()
+    epochs = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert [(int((b < 100).sum()), int((b >= 100).sum())) for b in batches] == [(15, 5)] * 6
+        rows = torch.cat(batches)
+        assert rows[rows < 100].unique().numel() == 90
+        assert sorted(torch.bincount(rows[rows >= 100] - 100, minlength=13).tolist()) == [2] * 9 + [3] * 4
+        epochs.append(rows)
+    assert not torch.equal(*epochs)
+    images, labels = next(iter(data.train_dataloader()))
+    first = epochs[0][:20]
+    assert torch.equal((images[:, 0, 0, 0] * 255).round().long(), torch.where(first < 100, first, first - 100))
+    assert torch.equal(labels, torch.where(first < 100, first, first - 100) % 5)
+
+
+def test_mixed_batches_are_shared_and_resumed() -> None:
+    whole = list(mixed(0.2).train_sampler())
+    shares = [list(mixed(0.2).train_sampler(2, rank)) for rank in (0, 1)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert [len(part) for part in parts] == [10, 10]
+        assert sorted(torch.cat(parts).tolist()) == sorted(batch.tolist())
+    sampler = mixed(0.2).train_sampler()
+    sampler.done = lambda: 4
+    assert all(torch.equal(a, b) for a, b in zip(sampler, whole[4:], strict=True))
+    fails(ArgumentError, lambda: mixed(0.25, batch_size=21).train_sampler(2), "2 processes")
+    fails(ArgumentError, lambda: mixed(0.15, batch_size=21).train_sampler(2), "3 extra samples", "2 processes")
+
+
+def test_extra_data_that_do_not_fit_are_named() -> None:
+    for share in (0, 1, 1.5, True, float("nan"), "0.5"):
+        fails(ArgumentError, partial(mixed, share), "extra.share", repr(share))  # type: ignore[arg-type]
+    fails(ArgumentError, partial(mixed, 0.01), "extra.share=0.01", "batch_size=20")
+    fails(DataError, lambda: Ramp().mix(Digits(), 0.5), "digits", "(1, 8, 8)", "(1, 4, 4)")
+    fails(DataError, lambda: Ramp(classes=5).mix(Ramp(classes=6), 0.5), "'f'")
+
+
 # --- augmentation ---------------------------------------------------------------------------------------------------
 
 
@@ -352,6 +438,85 @@ def test_random_flip_against_a_loop() -> None:
         assert torch.equal(got, image.flip(-1) if flip else image)
     assert torch.equal(RandomHorizontalFlip(0.0)(images), images)
     assert torch.equal(RandomHorizontalFlip(1.0)(images), images.flip(-1))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colour_jitter_is_torchvisions_with_factors_for_each_image(channels: int) -> None:
+    images = torch.rand(6, channels, 5, 4)
+    changes = (0.4, 1.5, 0.7)
+    got = ColorJitter(*changes)(images, seeded(0))
+    draws = torch.rand(3, 6, 1, 1, 1, generator=seeded(0))
+    for n in range(6):
+        factors = [
+            max(0, 1 - x) + (1 + x - max(0, 1 - x)) * d.item() for x, d in zip(changes, draws[:, n], strict=True)
+        ]
+        expected = F.adjust_contrast(F.adjust_brightness(images[n], factors[0]), factors[1])
+        assert torch.allclose(got[n], F.adjust_saturation(expected, factors[2]), atol=1e-5)
+    assert torch.allclose(ColorJitter()(images, seeded(0)), images, atol=1e-6)
+
+
+def rand_augmented(image: Tensor) -> list[Tensor]:
+    """Every image that one operation at half strength can give."""
+    moved = [{"angle": 15.0}, {"shear": [np.degrees(0.15), 0.0]}, {"translate": [2, 0]}, {"translate": [0, 2]}]
+    out = [image, F.posterize(image, 6), F.solarize(image, 0.5), F.autocontrast(image), F.equalize(image)]
+    for sign in (1, -1):
+        for change in moved:
+            plain: dict[str, Any] = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
+            signed = {k: [sign * x for x in v] if isinstance(v, list) else sign * v for k, v in change.items()}
+            out.append(F.affine(image, **(plain | signed), interpolation=F.InterpolationMode.BILINEAR))
+            if "shear" in change:
+                flipped = F.affine(image.mT, **(plain | signed), interpolation=F.InterpolationMode.BILINEAR)
+                out.append(flipped.mT)
+        blends = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_sharpness)
+        out += [blend(image, 1 + sign * 0.45) for blend in blends]
+    return out
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rand_augment_gives_each_image_one_of_the_operations_and_all_occur(channels: int) -> None:
+    image = torch.rand(channels, 9, 9, generator=seeded(1))
+    got = RandAugment(num_ops=1, magnitude=0.5)(image.expand(400, -1, -1, -1), seeded(2))
+    expected = rand_augmented(image)
+    apart = (got[:, None] - torch.stack(expected)).abs().amax((2, 3, 4))
+    assert apart.amin(1).max() < 1e-4
+    assert apart.amin(0).max() < 1e-4
+    assert RandAugment(num_ops=3)(got[:5], seeded(0)).shape == (5, channels, 9, 9)
+
+
+@pytest.mark.parametrize("module", [ColorJitter(0.4, 0.4, 0.4), RandAugment(2, 1.0)], ids=["jitter", "rand"])
+def test_colour_augmentation_keeps_the_range_repeats_and_differs_between_images(module: nn.Module) -> None:
+    images = torch.rand(1, 3, 8, 8).expand(64, -1, -1, -1)
+    before = images.clone()
+    once, again = (module(images, generator=seeded(4)) for _ in range(2))
+    assert torch.equal(once, again)
+    assert torch.equal(images, before)
+    assert ((once >= 0) & (once <= 1)).all()
+    assert len({image.numpy().tobytes() for image in once}) > 16
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: ColorJitter(brightness=-1), "brightness"),
+        (lambda: ColorJitter(contrast=float("nan")), "contrast"),
+        (lambda: ColorJitter(saturation=True), "saturation"),
+        (lambda: RandAugment(num_ops=0), "num_ops"),
+        (lambda: RandAugment(num_ops=1.5), "num_ops"),
+        (lambda: RandAugment(magnitude=9), "magnitude"),
+    ],
+)
+def test_colour_augmentation_names_a_bad_argument(make: Callable[[], object], named: str) -> None:
+    fails(ArgumentError, make, named)
+
+
+@pytest.mark.parametrize("module", [ColorJitter(0.1), RandAugment()], ids=["jitter", "rand"])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 4, 8, 8)])
+def test_colour_augmentation_names_a_bad_shape(module: nn.Module, shape: tuple[int, ...]) -> None:
+    fails(ShapeError, lambda: module(torch.rand(shape)), str(shape))
 
 
 def test_augmentation_arguments() -> None:

@@ -84,6 +84,77 @@ def test_logit_annealing_module_shifts_by_emma_where_it_has_a_radius():
     assert torch.equal(plain(LOGITS, TARGET, CONSTANTS), losses.logit_annealing(LOGITS, TARGET))
 
 
+def test_certificate_regularization():
+    expected = 0.0
+    for row, y in zip(LOGITS.tolist(), TARGET.tolist(), strict=True):
+        radius = min((row[y] - row[j]) / CONSTANTS[y, j].item() for j in range(5) if j != y)
+        expected += (-math.log(softmax_of(row, y)) - 0.3 * max(0.0, radius)) / len(LOGITS)
+    got = losses.CertificateRegularization(0.3)(LOGITS, TARGET, CONSTANTS)
+    assert got.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_certificate_regularization_reaches_the_head_and_leaves_wrong_points_to_the_cross_entropy():
+    constants = CONSTANTS.clone().requires_grad_()
+    right = LOGITS.argmax(1) == TARGET
+    assert right.any()
+    assert not right.all()
+    for rows, moves in ((right, True), (~right, False)):
+        (grad,) = torch.autograd.grad(
+            losses.certificate_regularization(LOGITS[rows], TARGET[rows], constants, 1.0), constants
+        )
+        assert grad.isfinite().all()
+        assert bool(grad.any()) is moves
+
+
+def test_multi_margin():
+    expected = 0.0
+    for row, y in zip(LOGITS.tolist(), TARGET.tolist(), strict=True):
+        expected += sum(max(0.0, 2.5 - row[y] + row[j]) for j in range(5) if j != y) / 5 / len(LOGITS)
+    assert losses.MultiMargin(2.5)(LOGITS, TARGET).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("target", [TARGET, TARGET.clamp_max(2), torch.zeros_like(TARGET)], ids=["all", "some", "one"])
+def test_hkr(target):
+    """Classes without samples, or without others, have no Wasserstein distance and only the hinge."""
+    expected = 0.0
+    for k in range(5):
+        column = list(zip(LOGITS[:, k].tolist(), target.tolist(), strict=True))
+        inside, outside = [f for f, y in column if y == k], [f for f, y in column if y != k]
+        if inside and outside:
+            expected += sum(outside) / len(outside) - sum(inside) / len(inside)
+        expected += 7 * sum(max(0.0, 0.5 - (f if y == k else -f)) for f, y in column) / len(column)
+    assert losses.HKR(7, 0.5)(LOGITS, target).item() == pytest.approx(expected / 5, rel=1e-9)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 1.0, 10.0])
+def test_gloro_trades(epsilon):
+    """Against the divergence of the K + 1 probabilities, summed as it is defined."""
+    expected = 0.0
+    for row, y in zip(LOGITS.tolist(), TARGET.tolist(), strict=True):
+        i = row.index(max(row))
+        bottom = max(row[j] + epsilon * CONSTANTS[i, j].item() for j in range(5) if j != i)
+        p, q = ([softmax_of(logits, j) for j in range(5)] for logits in (row, [*row, bottom]))
+        divergence = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        expected += (-math.log(p[y]) + 0.6 * divergence) / len(LOGITS)
+    got = losses.GloRoTrades(epsilon, trade_off=0.6)(LOGITS, TARGET, CONSTANTS)
+    assert got.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e4])
+@pytest.mark.parametrize(
+    "loss",
+    [losses.CertificateRegularization(), losses.MultiMargin(), losses.HKR(), losses.GloRoTrades(epsilon=0.5)],
+    ids=str,
+)
+def test_gradients_are_finite_for_equal_and_for_huge_logits(loss, scale):
+    logits = (scale * LOGITS).requires_grad_()
+    constants = (scale * CONSTANTS,) if isinstance(loss, losses.MarginLoss) else ()
+    value = loss(logits, TARGET, *constants)
+    value.backward()
+    assert value.isfinite()
+    assert logits.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -93,8 +164,14 @@ def test_logit_annealing_module_shifts_by_emma_where_it_has_a_radius():
         lambda: losses.EMMA(epsilon=0),
         lambda: losses.EMMA(epsilon="1"),
         lambda: losses.LogitAnnealing(exponent=-1),
+        lambda: losses.CertificateRegularization(gamma=-0.1),
+        lambda: losses.MultiMargin(margin=0),
+        lambda: losses.HKR(hinge=-1),
+        lambda: losses.HKR(margin=math.inf),
+        lambda: losses.GloRoTrades(epsilon=0),
+        lambda: losses.GloRoTrades(epsilon=1, trade_off=-1),
     ],
 )
 def test_bad_arguments_are_named(make):
-    with pytest.raises(ArgumentError, match=r"(offset|temperature|epsilon|exponent)="):
+    with pytest.raises(ArgumentError, match=r"(offset|temperature|epsilon|exponent|gamma|margin|hinge|trade_off)="):
         make()

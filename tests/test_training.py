@@ -1,15 +1,18 @@
 """The commands end to end on small data: training, resuming, certifying, comparing, and every kind of bad input."""
 
+import copy
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import hydra
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -19,7 +22,7 @@ from liplayers import cli
 from liplayers.checkpoint import load_checkpoint
 from liplayers.cli.configuration import build
 from liplayers.cli.train import GROUPS
-from liplayers.errors import CheckpointError, ConfigError, LipschitzError, OutputError, ShapeError
+from liplayers.errors import ArgumentError, CheckpointError, ConfigError, LipschitzError, OutputError, ShapeError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -189,6 +192,8 @@ def test_resume_from_python_goes_on(tmp_path):
     last = tmp_path / "run/checkpoints/last.ckpt"
     content = torch.load(last, weights_only=True)
     content["liplayers"]["config"]["trainer"]["max_epochs"] = 3
+    for newer in ("ema_decay", "save_every_steps", "extra"):  # an older checkpoint has fewer settings
+        del content["liplayers"]["config"][newer]
     torch.save(content, last)
     cli.train(compose("train", f"output={tmp_path}/run", f"resume={last}"))
     assert load_checkpoint(last).epoch == 2
@@ -218,6 +223,181 @@ def test_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path):
     assert load_checkpoint(last).epoch == reached + 1
 
 
+EXTRA = "extra={data:{_target_:liplayers.data.Digits,seed:5},share:0.25}"
+
+
+@pytest.mark.parametrize("arguments", [[], ["loss=emma", "ema_decay=0.9", "trainer.accumulate_grad_batches=2", EXTRA]])
+def test_two_processes_train_what_one_does(arguments, tmp_path):
+    """Each has half of every batch; the sums differ in rounding alone."""
+    arguments = [*SMALL, "data.batch_size=256", "select_eps=0.02", *arguments]
+    train(tmp_path / "one", *arguments)
+    result = command("train.py", *arguments, "trainer.devices=2", "trainer.strategy=ddp", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("certify it:") == 1
+    (two,) = (tmp_path / "runs/mlp-digits").iterdir()  # the second process has made no folder of its own
+    for name in ("best.ckpt", "last.ckpt"):
+        a, b = (load_checkpoint(run / "checkpoints" / name).state_dict for run in (tmp_path / "one", two))
+        assert all(torch.allclose(a[k], b[k], rtol=0, atol=1e-5) for k in a)
+    logs = [pd.read_csv(run / "csv/version_0/metrics.csv") for run in (tmp_path / "one", two)]
+    logs = [log.drop(columns="train/samples_per_second") for log in logs]
+    pd.testing.assert_frame_equal(*logs, rtol=1e-4, atol=1e-5)
+    assert logs[0].filter(like="train/").notna().any().all()
+
+
+def test_validation_and_checkpoints_take_the_average_of_the_weights(tmp_path, monkeypatch):
+    from liplayers.training import CertifiedClassifier
+
+    seen = []
+
+    def record(self, *_):
+        seen.append({name: p.detach().clone() for name, p in self.model.named_parameters()})
+
+    monkeypatch.setattr(CertifiedClassifier, "on_train_batch_end", record)
+    metrics = train(tmp_path, "ema_decay=0.8", "select_eps=0.02")
+    average = seen[0]
+    for weights in seen[1:]:
+        average = {name: 0.8 * average[name] + 0.2 * weights[name] for name in weights}
+    saved = load_checkpoint(tmp_path / "checkpoints/last.ckpt")
+    assert all(torch.allclose(average[name], saved.state_dict[name], atol=1e-6) for name in average)
+    assert not any(torch.allclose(seen[-1][name], saved.state_dict[name], atol=1e-4) for name in average)
+    (figures,) = certify(f"ckpt={tmp_path}/checkpoints/last.ckpt", "data.split=val").values()
+    assert figures["clean_accuracy"] == pytest.approx(metrics["val/accuracy"], abs=1e-6)
+
+
+def test_schedules_count_the_steps_of_the_optimizer(tmp_path):
+    """Six batches an epoch, four to a step: the last two make a step of their own."""
+    train(tmp_path, "data.batch_size=200", "trainer.accumulate_grad_batches=4")
+    content = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert content["global_step"] == content["lr_schedulers"][0]["last_epoch"] == 4
+    assert content["lr_schedulers"][0]["_last_lr"] == [pytest.approx(0, abs=1e-9)]
+
+
+def quadratic(make, steps: int, resume_at: int | None = None) -> torch.Tensor:
+    """x after some steps down ½xᵀDx; saved and loaded into a new optimizer on the way if asked."""
+    x, curvature = torch.nn.Parameter(torch.tensor([1.0, -2.0])), torch.tensor([1.0, 3.0])
+    optimizer = make([x])
+    for step in range(steps):
+        if step == resume_at:
+            state, x = copy.deepcopy(optimizer.state_dict()), torch.nn.Parameter(x.detach().clone())
+            optimizer = make([x])
+            optimizer.load_state_dict(state)
+        optimizer.zero_grad()
+        (0.5 * curvature * x * x).sum().backward()
+        optimizer.step()
+    return x.detach()
+
+
+def test_lookahead_is_its_formula():
+    from liplayers.training import Lookahead
+
+    x = slow = torch.tensor([1.0, -2.0])
+    for step in range(1, 12):
+        x = x - 0.1 * torch.tensor([1.0, 3.0]) * x
+        if step % 3 == 0:
+            x = slow = slow + 0.4 * (x - slow)
+    make = partial(Lookahead, inner=torch.optim.SGD, lr=0.1, every=3, alpha=0.4)
+    assert torch.allclose(quadratic(make, 11), x)
+
+
+@pytest.mark.parametrize("inner", [torch.optim.SGD, torch.optim.NAdam])
+def test_lookahead_goes_on_where_it_was_saved_and_is_the_inner_optimizer_for_alpha_one(inner):
+    from liplayers.training import Lookahead
+
+    make = partial(Lookahead, inner=inner, lr=0.1, every=3)
+    assert torch.equal(quadratic(make, 11, resume_at=5), quadratic(make, 11))
+    plain = quadratic(partial(inner, lr=0.1), 11)
+    assert torch.allclose(quadratic(partial(make, alpha=1), 11), plain)
+    assert not torch.allclose(quadratic(make, 11), plain)
+
+
+def test_lookahead_of_orthogonal_parameters_stays_on_the_manifold():
+    from liplayers.training import Lookahead, ManifoldAdamW
+
+    torch.manual_seed(0)
+    layer = lp.ManifoldLinear(6, 6)
+    optimizer = Lookahead(layer.parameters(), ManifoldAdamW, lr=0.3, every=2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        layer(torch.randn(5, 6)).square().sum().add(layer.weight.sum()).backward()
+        optimizer.step()
+    assert torch.allclose(layer.weight @ layer.weight.mT, torch.eye(6), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"every": 0}, {"every": 2.0}, {"alpha": 0}, {"alpha": 1.5}, {"alpha": float("nan")}]
+)
+def test_lookahead_names_a_bad_setting(setting):
+    from liplayers.training import Lookahead
+
+    with pytest.raises(ArgumentError, match=f"{next(iter(setting))}="):
+        Lookahead([torch.nn.Parameter(torch.zeros(1))], torch.optim.SGD, **setting)
+
+
+def test_mixed_precision_leaves_the_weights_in_float32(tmp_path, monkeypatch):
+    from liplayers.training import CertifiedClassifier
+
+    seen = []
+
+    def look(self, *_):
+        with torch.autocast("cpu", torch.bfloat16):
+            weight = self.model.body[0].weight
+            seen.append((weight.dtype, self.model(torch.rand(2, *self.input_shape)).dtype))
+        gram = weight.double() @ weight.double().mT
+        seen.append(bool((gram - torch.eye(len(gram))).abs().max() < 1e-5))
+
+    monkeypatch.setattr(CertifiedClassifier, "on_train_batch_end", look)
+    metrics = train(tmp_path / "bf16", "trainer.precision=bf16-mixed", "model.linear=bro", "optimizer.lr=0.02")
+    assert set(seen) == {(torch.float32, torch.bfloat16), True}
+    monkeypatch.undo()
+    plain = train(tmp_path / "f32", "model.linear=bro", "optimizer.lr=0.02")
+    assert metrics["val/accuracy"] == pytest.approx(plain["val/accuracy"], abs=0.1)
+    states = [load_checkpoint(tmp_path / name / "checkpoints/last.ckpt").state_dict for name in ("bf16", "f32")]
+    assert {value.dtype for value in states[0].values()} == {torch.float32}
+    assert any(not torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def classifier(model: torch.nn.Module, loss: torch.nn.Module, input_shape: tuple[int, ...], **options):
+    from liplayers.training import CertifiedClassifier, constant
+
+    module = CertifiedClassifier(
+        model,
+        loss,
+        optimizer=torch.optim.SGD,
+        schedule=constant,
+        input_shape=input_shape,
+        class_names="abc",
+        eps=[0.1],
+        config={},
+        **options,
+    )
+    module.log = lambda *args, **kwargs: None
+    return module
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_channels_last_hands_such_images_to_the_model(channels_last):
+    model = torch.nn.Sequential(lp.AOLConv2d(3, 4, 3, padding=1), torch.nn.Flatten(), lp.AOLLinear(100, 3))
+    module = classifier(model, torch.nn.CrossEntropyLoss(), (3, 5, 5), channels_last=channels_last)
+    strides = []
+    model.register_forward_pre_hook(lambda _, inputs: strides.append(inputs[0].stride()))
+    module.training_step((torch.rand(2, 3, 5, 5), torch.tensor([0, 1])), 0)
+    assert strides == [(75, 1, 15, 3) if channels_last else (75, 25, 5, 1)]
+
+
+def test_channels_last_of_a_table_is_refused():
+    with pytest.raises(ConfigError, match=r"channels_last=true.*\(4,\)"):
+        classifier(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), (4,), channels_last=True)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_training_up_to_rounding(tmp_path):
+    for name in ("false", "true"):
+        train(tmp_path / name, f"compile={name}", "trainer.max_epochs=1")
+    a, b = (load_checkpoint(tmp_path / name / "checkpoints/last.ckpt").state_dict for name in ("false", "true"))
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
 def test_multirun_gives_each_job_its_folder(tmp_path):
     result = command("train.py", "-m", "model.linear=aol,bro", f"output={tmp_path}/sweep", *SMALL, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -235,20 +415,10 @@ def test_every_loss_trains(loss, tmp_path):
 def test_bound_below_the_head_is_current_in_every_step():
     """A body of plain layers moves its bound with every step; EMMA must not divide by an old one."""
     from liplayers.losses import EMMA
-    from liplayers.training import CertifiedClassifier, constant
 
     torch.manual_seed(0)
-    module = CertifiedClassifier(
-        torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3)),
-        EMMA(0.5),
-        optimizer=torch.optim.SGD,
-        schedule=constant,
-        input_shape=(4,),
-        class_names="abc",
-        eps=[0.1],
-        config={},
-    )
-    module.log = lambda *args, **kwargs: None
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    module = classifier(model, EMMA(0.5), (4,))
     module.model[0].weight.data *= 3
     module.training_step((torch.rand(2, 4), torch.tensor([0, 1])), 0)
     assert module.split[0].body_bound == lp.lipschitz_bound(module.model[0])
@@ -256,8 +426,9 @@ def test_bound_below_the_head_is_current_in_every_step():
 
 def test_epsilon_ramp(tmp_path):
     train(tmp_path / "a", "loss=emma", "+epsilon_ramp.epsilon=0.5")
-    with pytest.raises(ConfigError, match="EpsilonRamp"):
-        train(tmp_path / "b", "+epsilon_ramp.epsilon=0.5")
+    for loss in ("offset_cross_entropy", "certificate_regularization"):
+        with pytest.raises(ConfigError, match="EpsilonRamp"):
+            train(tmp_path / loss, f"loss={loss}", "+epsilon_ramp.epsilon=0.5")
 
 
 def test_training_without_validation_split_selects_on_train(tmp_path):
@@ -497,6 +668,10 @@ def test_bad_data_is_named_and_leaves_the_report(change, tmp_path):
         (["resume=gone.ckpt"], "gone.ckpt"),
         (["eps=[1"], "error:"),
         (["output=/proc/nowhere"], "output="),
+        (["data.batch_size=255", "trainer.accelerator=cpu", "trainer.devices=2"], "batch_size=255"),
+        (["ema_decay=1"], "decay=1"),
+        (["save_every_steps=0"], "every=0"),
+        (["extra={data:{_target_:liplayers.data.Digits},share:2}"], "extra.share"),
     ],
 )
 def test_bad_training_commands_say_one_line(arguments, said, tmp_path, monkeypatch, capsys):

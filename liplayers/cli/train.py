@@ -15,14 +15,24 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from liplayers.certification import parse_radius
 from liplayers.checkpoint import Checkpoint, load_checkpoint
 from liplayers.cli.configuration import build, check_config, integer, one_line, plain, radii
+from liplayers.data import DataModule
 from liplayers.errors import ConfigError, LipschitzError, OutputError
-from liplayers.training import CertifiedClassifier, ProgressBar, SaveWhenInterrupted, Throughput
+from liplayers.training import (
+    CertifiedClassifier,
+    ProgressBar,
+    SaveWhenInterrupted,
+    SaveWithinEpoch,
+    Throughput,
+    WeightEMA,
+    WholeFileCheckpointIO,
+)
 from liplayers.training.module import certified_name
 
 GROUPS = ("model", "data", "loss", "optimizer", "schedule", "trainer", "experiment")
@@ -50,8 +60,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     _quieten()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
 
-    data = build(cfg.data)
-    data.setup()
+    data = _data(cfg)
     module = CertifiedClassifier(
         model=build(cfg.model, input_shape=data.input_shape, num_classes=data.num_classes),
         loss=build(cfg.loss),
@@ -61,7 +70,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
         class_names=data.class_names,
         eps=eps,
         config=plain(cfg),
+        channels_last=bool(cfg.channels_last),
     )
+    if cfg.compile:
+        module.model.compile()
     _try_optimizer(module)
     if cfg.resume is not None:
         _check_resumable(load_checkpoint(cfg.resume), module, cfg.trainer.max_epochs)
@@ -69,20 +81,41 @@ def train(cfg: DictConfig) -> dict[str, float]:
     monitor = f"{stage}/{certified_name(select)}"
     best = ModelCheckpoint(output / "checkpoints", "best", monitor=monitor, mode="max", enable_version_counter=False)
     trainer = _trainer(cfg, output, best, shown={f"{stage}/accuracy": "clean", monitor: f"ε={select:.3g}"})
+    data.train_sampler(trainer.world_size)  # before anything is written, raises where a batch cannot be shared
     with _Writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(module.config), output / "config.yaml")
-        parameters = sum(p.numel() for p in module.model.parameters())
-        shape = "×".join(map(str, data.input_shape))
-        console.print(f"training {parameters:,} parameters on {data.name} ({shape}), selecting by {monitor}")
-        console.print(f"writing to {output}", soft_wrap=True)
+        _begin(output, module, data.name, monitor)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.resume, weights_only=True)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if best.best_model_score is not None:
         metrics["best"] = float(best.best_model_score)
-        console.print(f"best {monitor}: {metrics['best']:.4f}")
-        console.print(f"certify it: python certify.py ckpt={output / 'checkpoints' / 'best.ckpt'}", soft_wrap=True)
+        _say(f"best {monitor}: {metrics['best']:.4f}")
+        _say(f"certify it: python certify.py ckpt={output / 'checkpoints' / 'best.ckpt'}")
     return metrics
+
+
+def _data(cfg: DictConfig) -> DataModule:
+    data = build(cfg.data)
+    data.setup()
+    if cfg.extra is not None:
+        data.mix(build(cfg.extra.data), cfg.extra.share)
+    data.on_device = bool(cfg.data_on_device)
+    return data
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    console.print(line, soft_wrap=True)
+
+
+@rank_zero_only  # another process would make a folder of its own, named after the second it started in
+def _begin(output: Path, module: CertifiedClassifier, data: str, monitor: str) -> None:
+    """Make the output folder and say what is about to happen."""
+    output.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(module.config), output / "config.yaml")
+    parameters = sum(p.numel() for p in module.model.parameters())
+    shape = "×".join(map(str, module.input_shape))
+    _say(f"training {parameters:,} parameters on {data} ({shape}), selecting by {monitor}")
+    _say(f"writing to {output}")
 
 
 def _check_settings(cfg: DictConfig, output: Path) -> None:
@@ -114,6 +147,7 @@ def _quieten() -> None:
     """Silence what Lightning says that is not the user's to mend, or that we say already."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # the position in the epoch is not the loader's, as Lightning expects, but read by the sampler
     for noise in (".*LeafSpec.*", ".*exists and is not empty.*", ".*your dataloader is not resumable.*"):
         warnings.filterwarnings("ignore", message=noise)
 
@@ -122,7 +156,12 @@ def _trainer(cfg: DictConfig, output: Path, best: ModelCheckpoint, shown: dict[s
     """The trainer with its callbacks and loggers; `shown` are the metrics on the progress bar."""
     checkpoints = output / "checkpoints"
     last = ModelCheckpoint(checkpoints, "last", enable_version_counter=False)  # of every epoch, better or not
-    callbacks: list[Callback] = [best, last, SaveWhenInterrupted(checkpoints / "interrupted.ckpt"), Throughput()]
+    callbacks: list[Callback] = [best, last, Throughput()]
+    if cfg.ema_decay is not None:
+        callbacks.append(WeightEMA(cfg.ema_decay))
+    callbacks.append(SaveWhenInterrupted(checkpoints / "interrupted.ckpt"))
+    if cfg.save_every_steps is not None:
+        callbacks.append(SaveWithinEpoch(checkpoints / "last.ckpt", cfg.save_every_steps))
     if cfg.trainer.enable_progress_bar:
         callbacks.append(ProgressBar({"samples/s": "samples/s", **shown}))
     if cfg.epsilon_ramp is not None:
@@ -136,6 +175,7 @@ def _trainer(cfg: DictConfig, output: Path, best: ModelCheckpoint, shown: dict[s
         default_root_dir=str(output),
         callbacks=callbacks,
         logger=loggers,
+        plugins=[WholeFileCheckpointIO()],
         enable_model_summary=False,
     )
 
@@ -145,6 +185,8 @@ def _resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     checkpoint = load_checkpoint(cfg.resume)
     check_config(checkpoint, checkpoint.config, cfg.allow)
     config = OmegaConf.create(checkpoint.config)
+    for key in set(cfg) - set(config):  # settings that are newer than the checkpoint
+        config[key] = cfg[key]
     config.resume, config.output = cfg.resume, cfg.output
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.key_or_group

@@ -2,7 +2,7 @@
 standardised features, all in memory.
 """
 
-from liplayers.data.augment import RandomHorizontalFlip, RandomShift
+from liplayers.data.augment import ColorJitter, RandAugment, RandomHorizontalFlip, RandomShift
 from liplayers.data.base import BatchSampler, DataModule, Loaded, Scaling, Split, stratified_rows, validate_inputs
 from liplayers.data.digits import Digits
 from liplayers.data.folder import ImageFolderData
@@ -16,12 +16,14 @@ __all__ = [
     "CIFAR100",
     "MNIST",
     "BatchSampler",
+    "ColorJitter",
     "DataModule",
     "Digits",
     "ImageDataModule",
     "ImageFolderData",
     "Loaded",
     "NpzData",
+    "RandAugment",
     "RandomHorizontalFlip",
     "RandomShift",
     "Scaling",

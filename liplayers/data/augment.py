@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import pad
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as images_v2
 
 from liplayers.errors import ArgumentError, ShapeError
 
@@ -92,3 +97,144 @@ class RandomHorizontalFlip(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+class ColorJitter(nn.Module):
+    """Changes brightness, contrast and saturation of each image by factors of its own, in this order.
+
+    As `torchvision.transforms.v2.ColorJitter`, which draws one set of factors for a whole batch, but without hue and in
+    a fixed order. Factors are uniform on max(0, 1 − x) … 1 + x. Grey images (one channel) have no saturation to change.
+
+    Args:
+        brightness, contrast, saturation: the largest change x of each factor, at least 0; 0 changes nothing.
+
+    Raises:
+        ArgumentError: a change that is not a number of at least 0.
+        ShapeError: the images are not a batch (N, C, H, W) of 1 or 3 channels.
+
+    >>> jitter = ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5)
+    >>> jitter(torch.rand(2, 3, 4, 4), torch.Generator().manual_seed(0)).shape
+    torch.Size([2, 3, 4, 4])
+    """
+
+    def __init__(self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0) -> None:
+        super().__init__()
+        self.changes = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
+        for name, value in self.changes.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < torch.inf:
+                raise ArgumentError(f"ColorJitter: {name} must be a finite number of at least 0, got {value!r}")
+
+    def forward(self, images: Tensor, generator: Generator | None = None) -> Tensor:
+        _check_colours(images, "ColorJitter")
+        draws = torch.rand(3, len(images), 1, 1, 1, generator=generator, device=_draw_device(images, generator))
+        spread = torch.tensor(list(self.changes.values()), device=draws.device)[:, None, None, None, None]
+        low = (1 - spread).clamp_min(0)
+        brightness, contrast, saturation = (low + (1 + spread - low) * draws).to(images)
+        images = (images * brightness).clamp(0, 1)
+        images = torch.lerp(_grey(images).mean((1, 2, 3), keepdim=True), images, contrast).clamp(0, 1)
+        return torch.lerp(_grey(images), images, saturation).clamp(0, 1)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.changes.items())
+
+
+def _check_colours(images: Tensor, where: str) -> None:
+    _check_batch(images, where)
+    if images.shape[1] not in (1, 3):
+        raise ShapeError(f"{where}: expected images of 1 or 3 channels, got shape {tuple(images.shape)}")
+
+
+def _grey(images: Tensor) -> Tensor:
+    return images if images.shape[1] == 1 else images_v2.rgb_to_grayscale(images)
+
+
+def _affine(images: Tensor, angle: float = 0.0, shear: float = 0.0, across: float = 0.0, down: float = 0.0) -> Tensor:
+    """Rotation in degrees, shear along x in radians, shifts as shares of the side; zeros move in."""
+    height, width = images.shape[-2:]
+    return images_v2.affine(
+        images,
+        angle=angle,
+        translate=[round(across * width), round(down * height)],
+        scale=1.0,
+        shear=[shear * 180 / torch.pi, 0.0],
+        interpolation=InterpolationMode.BILINEAR,
+    )
+
+
+def _transposed(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda images: change(images.mT).mT
+
+
+def _operations(strength: float) -> list[Callable[[Tensor], Tensor]]:
+    """RandAugment's 14 at a strength within [-1, 1]; the sign is the direction where there is one."""
+    shear = partial(_affine, shear=0.3 * strength)
+    blends = [
+        images_v2.adjust_saturation,
+        images_v2.adjust_brightness,
+        images_v2.adjust_contrast,
+        images_v2.adjust_sharpness,
+    ]
+    return [
+        lambda images: images,
+        shear,
+        _transposed(shear),
+        partial(_affine, across=0.45 * strength),
+        partial(_affine, down=0.45 * strength),
+        partial(_affine, angle=30.0 * strength),
+        *(
+            partial(blend, **{f"{blend.__name__.removeprefix('adjust_')}_factor": 1 + 0.9 * strength})
+            for blend in blends
+        ),
+        partial(images_v2.posterize, bits=8 - round(4 * abs(strength))),
+        partial(images_v2.solarize, threshold=1 - abs(strength)),
+        images_v2.autocontrast,
+        images_v2.equalize,
+    ]
+
+
+class RandAugment(nn.Module):
+    """RandAugment: to each image `num_ops` operations drawn from fourteen, with random directions.
+
+    The operations are identity, shears, shifts, rotation, saturation, brightness, contrast, sharpness, posterise,
+    solarise, autocontrast and equalise, each at the strength m of its largest: 0.3 of shear, 0.45 of the side, 30°, a
+    factor 0.1 … 1.9, 4 of 8 bits, and all pixels for solarise. They are torchvision's, run once on all the images that
+    drew them: cheap for large batches, on any device.
+
+    Args:
+        num_ops: operations one after the other, at least 1.
+        magnitude: m within [0, 1].
+
+    Raises:
+        ArgumentError: an argument out of range.
+        ShapeError: the images are not a batch (N, C, H, W) of 1 or 3 channels.
+
+    Source: Cubuk et al. 2020, arXiv 1909.13719, with torchvision's largest strengths (its shift is 150/331 of a side).
+
+    >>> augment = RandAugment(num_ops=2, magnitude=0.3)
+    >>> augment(torch.rand(4, 3, 8, 8), torch.Generator().manual_seed(0)).shape
+    torch.Size([4, 3, 8, 8])
+    """
+
+    def __init__(self, num_ops: int = 2, magnitude: float = 0.3) -> None:
+        super().__init__()
+        if isinstance(num_ops, bool) or not isinstance(num_ops, int) or num_ops < 1:
+            raise ArgumentError(f"RandAugment: num_ops must be an integer of at least 1, got {num_ops!r}")
+        if isinstance(magnitude, bool) or not isinstance(magnitude, int | float) or not 0 <= magnitude <= 1:
+            raise ArgumentError(f"RandAugment: magnitude must be a number within [0, 1], got {magnitude!r}")
+        self.num_ops, self.magnitude = num_ops, float(magnitude)
+
+    def forward(self, images: Tensor, generator: Generator | None = None) -> Tensor:
+        _check_colours(images, "RandAugment")
+        choices = [change for sign in (1, -1) for change in _operations(sign * self.magnitude)]
+        size = (self.num_ops, len(images))
+        drawn = torch.randint(len(choices), size, generator=generator, device=_draw_device(images, generator)).cpu()
+        for choice in drawn:
+            changed = images.clone()
+            for number in choice.unique().tolist():
+                rows = (choice == number).nonzero()[:, 0].to(images.device)
+                changed[rows] = choices[number](images[rows])
+            images = changed
+        return images
+
+    def extra_repr(self) -> str:
+        return f"num_ops={self.num_ops}, magnitude={self.magnitude}"

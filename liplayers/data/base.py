@@ -21,7 +21,7 @@ from liplayers.errors import ArgumentError, DataError, UnknownNameError
 Batch = tuple[Tensor, Tensor]
 
 # What a seed is used for; keeps the streams of one seed apart.
-_SHUFFLE, _AUGMENT = 1, 2
+_SHUFFLE, _AUGMENT, _EXTRA = 1, 2, 3
 
 # Samples looked at together while checking or hashing, so that no second copy of a data set is ever made.
 _CHUNK = 4096
@@ -77,6 +77,11 @@ class Split(Dataset[Batch]):
             rows=rows if self.rows is None else self.rows[rows],
         )
 
+    def to(self, device: torch.device) -> Split:
+        """The same samples in the memory of a device, without the others of a shared store."""
+        store = self.store if self.rows is None else self.store[self.rows]
+        return Split(store.to(device), self.labels.to(device), self.sources)
+
     def fingerprint(self) -> str:
         """The sha256 over shape, dtype, input bytes and labels, in order."""
         digest = hashlib.sha256(f"{(len(self), *self.input_shape)} {self.store.dtype}".encode())
@@ -86,6 +91,30 @@ class Split(Dataset[Batch]):
             digest.update(np.ascontiguousarray(inputs.numpy()).data)
         digest.update(np.ascontiguousarray(self.labels.numpy()).data)
         return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture(Dataset[Batch]):
+    """Two splits behind one another; indexing takes a tensor that has all indices of the first one first.
+
+    >>> def split(value):
+    ...     return Split(torch.full((2, 1), value), torch.tensor([0, 1]))
+    >>> Mixture(split(1.0), split(2.0))[torch.tensor([0, 3])]
+    (tensor([[1.],
+            [2.]]), tensor([0, 1]))
+    """
+
+    own: Split
+    extra: Split
+
+    def __len__(self) -> int:
+        return len(self.own) + len(self.extra)
+
+    def __getitem__(self, index: Tensor) -> Batch:
+        count = int((index < len(self.own)).sum())
+        inputs, labels = self.own[index[:count]]
+        more, their_labels = self.extra[index[count:] - len(self.own)]
+        return torch.cat([inputs, more]), torch.cat([labels, their_labels])
 
 
 @dataclass(frozen=True)
@@ -216,25 +245,27 @@ def _mixed_seed(*parts: int) -> int:
 
 
 class BatchSampler(DistributedSampler[Tensor]):
-    """Yields whole batches of row indices; the shuffle depends on (seed, epoch) alone.
+    """Whole batches of indices; each epoch's order depends on nothing but the seed and the epoch.
 
-    So a run resumed at the beginning of an epoch sees the batches that the uninterrupted run would have seen: Lightning
-    calls `set_epoch`. A `DistributedSampler` so that Lightning leaves it alone under several processes, where each rank
-    gets every `num_replicas`-th batch.
+    A distributed sampler, so that Lightning neither replaces it nor forgets to tell it the epoch. Each process takes
+    its share of every batch: all of them together see the batches that one process would see alone.
 
     Args:
         size: the number of samples.
-        batch_size: samples in a batch, on each rank.
-        shuffle: a new order each epoch; otherwise in order.
-        drop_last: leave out an incomplete last batch, unless it is the only one.
-        seed: of the shuffle.
-        num_replicas, rank: how many processes share the batches, and which one this is.
+        batch_size: samples in a batch, over all processes.
+        shuffle: whether each epoch has an order of its own.
+        drop_last: drop an incomplete last batch, unless it is the only one.
+        seed: of the orders.
+        num_replicas, rank: how many processes share each batch, and which one this is.
+        done: how many batches of the epoch a resumed run has behind it; asked when the first batch is drawn.
 
     Raises:
-        ArgumentError: fewer batches than processes.
+        ArgumentError: a batch that the processes cannot share evenly.
 
     >>> [batch.tolist() for batch in BatchSampler(5, 2, shuffle=False, drop_last=False)]
     [[0, 1], [2, 3], [4]]
+    >>> [batch.tolist() for batch in BatchSampler(4, 2, shuffle=False, drop_last=False, num_replicas=2, rank=1)]
+    [[1], [3]]
     """
 
     def __init__(
@@ -247,20 +278,24 @@ class BatchSampler(DistributedSampler[Tensor]):
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
+        done: Callable[[], int] = int,
     ) -> None:
         super().__init__(range(size), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.size = size
         self.batch_size = batch_size
+        self.done = done
         whole, rest = divmod(size, batch_size)
-        self.batches = whole + (rest > 0 and (not drop_last or whole == 0))
-        if self.batches < num_replicas:
+        keeps_rest = rest > 0 and (not drop_last or whole == 0)
+        self.batches = whole + keeps_rest
+        uneven = [n for n in (batch_size if whole else 0, rest if keeps_rest else 0) if n % num_replicas]
+        if uneven:
             raise ArgumentError(
-                f"batch_size={batch_size} cuts {size} samples into {self.batches} batches, fewer than the "
-                f"{num_replicas} processes; take a smaller batch_size"
+                f"batch_size={batch_size} makes batches of {uneven[0]} of the {size} samples, which {num_replicas} "
+                f"processes cannot share evenly; take a batch_size divisible by {num_replicas}"
             )
 
     def __len__(self) -> int:
-        return self.batches // self.num_replicas
+        return self.batches
 
     def __iter__(self) -> Iterator[Tensor]:
         # A generator, so the epoch is read at the first batch: Lightning may call set_epoch after iter().
@@ -269,9 +304,61 @@ class BatchSampler(DistributedSampler[Tensor]):
             order = torch.randperm(self.size, generator=generator)
         else:
             order = torch.arange(self.size)
-        for turn in range(len(self)):
-            start = (turn * self.num_replicas + self.rank) * self.batch_size
-            yield order[start : start + self.batch_size]
+        for start in range(self.done() * self.batch_size, self.batches * self.batch_size, self.batch_size):
+            yield order[start : start + self.batch_size][self.rank :: self.num_replicas]
+
+
+class MixedBatchSampler(BatchSampler):
+    """Batches with a fixed number of extra samples behind those of the data set, as indices into a `Mixture`.
+
+    An epoch is one over the data set. Extra samples come in an order of their own for each epoch, all of them as often
+    as one another to within one.
+
+    Args:
+        size: the number of samples of the data set.
+        batch_size: samples in a batch, extra ones included, over all processes.
+        extra: the number of extra samples.
+        share: extra samples in a batch, within 1 … batch_size − 1.
+
+    The other arguments are those of `BatchSampler`.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        extra: int,
+        share: int,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+        done: Callable[[], int] = int,
+    ) -> None:
+        super().__init__(
+            size,
+            batch_size - share,
+            shuffle=True,
+            drop_last=True,
+            seed=seed,
+            num_replicas=num_replicas,
+            rank=rank,
+            done=done,
+        )
+        if share % num_replicas:
+            raise ArgumentError(
+                f"a batch has {share} extra samples, which {num_replicas} processes cannot share evenly; change "
+                f"extra.share or data.batch_size"
+            )
+        self.extra, self.share = extra, share
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(_mixed_seed(self.seed, _EXTRA, self.epoch))
+        rounds = -(-self.batches * self.share // self.extra)
+        order = torch.cat([torch.randperm(self.extra, generator=generator) for _ in range(rounds)])
+        for number, own in enumerate(super().__iter__(), start=self.done()):
+            more = order[number * self.share : (number + 1) * self.share][self.rank :: self.num_replicas]
+            yield torch.cat([own, self.size + more])
 
 
 def _as_is(batch: Any) -> Any:
@@ -295,12 +382,14 @@ class DataModule(lightning.LightningDataModule):
     which loads once, there are `name`, `input_shape`, `num_classes`, `class_names` and, for tables, `scaling`.
 
     Attributes:
+        on_device: whether to hold a split in the memory of the GPU that trains, where it takes at most half of what is
+            free there; False by default.
         unit: what distances are measured in, for tables and plots, such as "standardised features".
         input_range: the least and greatest value an input may hold; None for any finite number.
 
     Args:
-        batch_size: samples in a training batch.
-        eval_batch_size: samples in a validation or test batch.
+        batch_size: samples in a training batch, over all processes: each of two takes half of them.
+        eval_batch_size: samples in a validation or test batch; every process evaluates all of them.
         val_fraction: the share of the training samples kept for validation, in [0, 1); 0 for none.
         augment: modules applied in order to each training batch as a whole. One whose `forward` has an argument
             `generator` gets a generator; any other runs with torch's global random state seeded for the batch. Either
@@ -348,7 +437,9 @@ class DataModule(lightning.LightningDataModule):
         self.val_fraction = val_fraction
         self.augment = tuple(augment)
         self.seed = seed
+        self.on_device = False
         self._splits: dict[str, Split] | None = None
+        self._extra: tuple[Split, int] | None = None
 
     @abstractmethod
     def load(self) -> Loaded:
@@ -422,24 +513,84 @@ class DataModule(lightning.LightningDataModule):
         """The sha256 of a split over shape, dtype, input bytes and labels: what a report names its data by."""
         return self.split(which).fingerprint()
 
+    def mix(self, extra: DataModule, share: float) -> None:
+        """Put training samples of another data set, such as generated ones, into each training batch.
+
+        Args:
+            extra: inputs of the same shape, and classes of the same names or, numbered, no more of them.
+            share: of each batch, rounded to whole samples. An epoch is still one over this data set, and its samples
+                alone are validated and tested on.
+
+        Raises:
+            ArgumentError: a share that leaves no sample of one of the two in a batch.
+            DataError: data that do not fit.
+        """
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+            raise ArgumentError(f"extra.share must be a number between 0 and 1, got {share!r}")
+        count = round(share * self.batch_size)
+        if not 0 < count < self.batch_size:
+            raise ArgumentError(
+                f"extra.share={share} is {count} of data.batch_size={self.batch_size} samples; expected at least one "
+                "extra sample and one other in a batch"
+            )
+        self.setup()
+        extra.setup()
+        if extra.input_shape != self.input_shape:
+            raise DataError(
+                f"{extra.name}: extra {self._noun} are {extra.input_shape} but those of {self.name} {self.input_shape}"
+                f"{self._axes}; both must have one shape"
+            )
+        numbers = tuple(str(label) for label in range(self.num_classes))
+        if extra.class_names not in (self.class_names, numbers[: extra.num_classes]):
+            raise DataError(
+                f"{extra.name}: extra classes {extra.class_names}; expected those of {self.name}, {self.class_names}, "
+                f"or numbers below {self.num_classes}"
+            )
+        self._extra = extra.split("train"), count
+
+    def train_sampler(self, num_replicas: int = 1, rank: int = 0) -> BatchSampler:
+        """The training batches, shuffled anew each epoch, or one process' share of them.
+
+        Raises:
+            ArgumentError: a batch that the processes cannot share evenly.
+        """
+        size, place = len(self.split("train")), {"num_replicas": num_replicas, "rank": rank}
+        if self._extra is None:
+            return BatchSampler(
+                size, self.batch_size, shuffle=True, drop_last=True, seed=self.seed, done=self._batches_done, **place
+            )
+        extra, share = self._extra
+        return MixedBatchSampler(
+            size, self.batch_size, extra=len(extra), share=share, seed=self.seed, done=self._batches_done, **place
+        )
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled anew each epoch; drops an incomplete last batch unless it is the only one."""
         trainer = self.trainer
-        split = self.split("train")
-        sampler = BatchSampler(
-            len(split),
-            self.batch_size,
-            shuffle=True,
-            drop_last=True,
-            seed=self.seed,
-            num_replicas=1 if trainer is None else trainer.world_size,
-            rank=0 if trainer is None else trainer.global_rank,
+        sampler = (
+            self.train_sampler() if trainer is None else self.train_sampler(trainer.world_size, trainer.global_rank)
         )
-        return DataLoader(split, sampler=sampler, batch_size=None, collate_fn=_as_is)
+        own = self._placed(self.split("train"))
+        samples = own if self._extra is None else Mixture(own, self._extra[0].to(own.labels.device))
+        return DataLoader(samples, sampler=sampler, batch_size=None, collate_fn=_as_is)
+
+    def _placed(self, split: Split) -> Split:
+        """The split on the GPU that trains, if that is asked for and it fits."""
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        if not self.on_device or device.type != "cuda":
+            return split
+        size = len(split) * split.store[0].nbytes
+        return split.to(device) if size <= torch.cuda.mem_get_info(device)[0] / 2 else split
+
+    def _batches_done(self) -> int:
+        """The batches of the epoch that Lightning is about to finish after a resume; 0 in any other epoch."""
+        if self.trainer is None or not self.trainer.fit_loop.epoch_loop.restarting:
+            return 0
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def eval_loader(self, which: str) -> DataLoader[Batch]:
         """All samples of a split, in order and without augmentation, in batches of `eval_batch_size`."""
-        split = self.split(which)
+        split = self._placed(self.split(which))
         sampler = BatchSampler(len(split), self.eval_batch_size, shuffle=False, drop_last=False)
         return DataLoader(split, sampler=sampler, batch_size=None, collate_fn=_as_is)
 
@@ -455,9 +606,11 @@ class DataModule(lightning.LightningDataModule):
         if trainer is None or not trainer.training or not self.augment:
             return batch
         inputs, labels = batch
-        # Batches rather than optimiser steps: under gradient accumulation several batches share a step.
-        seen = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        return self.augmented(inputs, seen, trainer.global_rank), labels
+        # Batches rather than optimiser steps: under gradient accumulation several batches share a step. Not the total
+        # that Lightning counts either: it has a batch that was interrupted twice.
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        number = trainer.current_epoch * int(trainer.num_training_batches) + done
+        return self.augmented(inputs, number, trainer.global_rank), labels
 
     def augmented(self, inputs: Tensor, batch: int, rank: int = 0) -> Tensor:
         """The inputs as the training batch of that number would see them, on the process of that rank."""

@@ -4,8 +4,12 @@ from liplayers.training.callbacks import EpsilonRamp as EpsilonRamp
 from liplayers.training.callbacks import ProgressBar as ProgressBar
 from liplayers.training.callbacks import SaveWhenInterrupted as SaveWhenInterrupted
 from liplayers.training.callbacks import Throughput as Throughput
+from liplayers.training.callbacks import WeightEMA as WeightEMA
+from liplayers.training.lookahead import Lookahead as Lookahead
 from liplayers.training.manifold import ManifoldAdamW as ManifoldAdamW
 from liplayers.training.module import CertifiedClassifier as CertifiedClassifier
+from liplayers.training.saving import SaveWithinEpoch as SaveWithinEpoch
+from liplayers.training.saving import WholeFileCheckpointIO as WholeFileCheckpointIO
 from liplayers.training.schedules import constant as constant
 from liplayers.training.schedules import triangular as triangular
 from liplayers.training.schedules import warmup_cosine as warmup_cosine

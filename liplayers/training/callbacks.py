@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import EMAWeightAveraging, RichProgressBar
 
 from liplayers.errors import ArgumentError, ConfigError
-from liplayers.losses import MarginLoss
+from liplayers.losses import RadiusLoss
 
 
 class ProgressBar(RichProgressBar):
@@ -34,8 +34,12 @@ class ProgressBar(RichProgressBar):
 class SaveWhenInterrupted(L.Callback):
     """Writes a checkpoint that resumes when training ends by Ctrl-C, SIGTERM or an exception.
 
-    The first Ctrl-C waits for the batch to end: an exception between two arbitrary lines may be lost in a callback, or
-    leave the optimizer half stepped. The second ends at once.
+    The first Ctrl-C waits until the optimizer has stepped and any validation has ended, for the resumed run to be the
+    same as one without a break: an exception between two arbitrary lines may be lost in a callback, or leave the
+    optimizer half stepped. The second ends at once.
+
+    Of several processes all stop when one is asked to; an exception in one of them leaves no checkpoint, since all
+    must take part in writing it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,27 +58,56 @@ class SaveWhenInterrupted(L.Callback):
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        print("\nstopping after this batch; Ctrl-C again stops at once", flush=True)
-
-    def _stop_if_asked(self) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
+        print("\nstopping after this step; Ctrl-C again stops at once", flush=True)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._stop_if_asked()
-
-    def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._stop_if_asked()
+        at_a_step = batch_idx % trainer.accumulate_grad_batches == 0  # a sum of gradients is not kept
+        if at_a_step and trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+            raise KeyboardInterrupt
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if trainer.world_size > 1 and not isinstance(exception, KeyboardInterrupt):
+            return
         trainer.save_checkpoint(self.path)
+        if not trainer.is_global_zero:
+            return
         print(
             f"\nstopped in epoch {trainer.current_epoch + 1}; to go on: python train.py resume={self.path}", flush=True
         )
+
+
+class WeightEMA(EMAWeightAveraging):
+    """The moving average w̄ ← decay·w̄ + (1 − decay)·w of the raw parameters, after every optimizer step.
+
+    Validation runs on w̄, and checkpoints hold it as their weights: what is selected and certified is the average. A
+    bound holds for any raw parameters, so for averaged ones too; the average of `ManifoldLinear`'s is a contraction.
+
+    Args:
+        decay: within [0, 1); 0.999 averages over about 1000 steps.
+
+    Raises:
+        ArgumentError: `decay` out of range.
+    """
+
+    def __init__(self, decay: float) -> None:
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
+            raise ArgumentError(f"WeightEMA: decay={decay!r}; expected a number in [0, 1)")
+        super().__init__(use_buffers=False, decay=decay)
+        self._swapped = False
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_epoch_start(trainer, pl_module)
+        self._swapped = True
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_epoch_end(trainer, pl_module)
+        self._swapped = False
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._swapped:  # the checkpoint of an interrupted run would take one for the other
+            self.on_validation_epoch_end(trainer, pl_module)
 
 
 class Throughput(L.Callback):
@@ -89,13 +122,13 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._samples += len(batch[0])
+        self._samples += len(batch[0]) * trainer.world_size
         rate = self._samples / (time.perf_counter() - self._start)
         pl_module.log("samples/s", rate, prog_bar=True, on_step=True, on_epoch=False, logger=False)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         rate = self._samples / (time.perf_counter() - self._start)
-        pl_module.log("train/samples_per_second", rate)
+        pl_module.log("train/samples_per_second", rate, sync_dist=True)
 
 
 class EpsilonRamp(L.Callback):
@@ -123,8 +156,8 @@ class EpsilonRamp(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loss = pl_module.loss
-        if not isinstance(loss, MarginLoss):
-            raise ConfigError(f"EpsilonRamp needs a loss with an epsilon (emma, logit_annealing); got {loss}")
+        if not isinstance(loss, RadiusLoss):
+            raise ConfigError(f"EpsilonRamp needs a loss with an epsilon (emma, logit_annealing, gloro); got {loss}")
         if not trainer.max_epochs or trainer.max_epochs < 1:
             raise ConfigError(f"EpsilonRamp: trainer.max_epochs={trainer.max_epochs}; expected the number of epochs")
         reached = min(1.0, trainer.current_epoch / (self.share * trainer.max_epochs))

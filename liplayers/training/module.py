@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from liplayers import checkpoint
 from liplayers.bounds import split_head
 from liplayers.certification.radius import certified_radius
+from liplayers.errors import ConfigError
 from liplayers.layers.base import cached
 from liplayers.losses import MarginLoss
 
@@ -47,8 +48,10 @@ class CertifiedClassifier(L.LightningModule):
         class_names: in the order of the logits.
         eps: radii to log certified accuracy at.
         config: what rebuilds the model; plain containers, kept in each checkpoint.
+        channels_last: whether images are handed to the model with their channels last in memory.
 
     Raises:
+        ConfigError: `channels_last` for inputs that are no images (C, H, W).
         UnknownBoundError: a part of the model without a known bound.
     """
 
@@ -63,8 +66,13 @@ class CertifiedClassifier(L.LightningModule):
         class_names: Sequence[str],
         eps: Sequence[float],
         config: dict[str, Any],
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
+        if channels_last and len(input_shape) != 3:
+            raise ConfigError(
+                f"channels_last=true: expected images (C, H, W), got inputs of shape {tuple(input_shape)}"
+            )
         self.model = model
         self.loss = loss
         self.optimizer_factory = optimizer
@@ -73,6 +81,7 @@ class CertifiedClassifier(L.LightningModule):
         self.class_names = tuple(class_names)
         self.eps = tuple(eps)
         self.config = config
+        self.channels_last = channels_last
         self._refresh_bound()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,6 +117,8 @@ class CertifiedClassifier(L.LightningModule):
         inputs, labels = batch
         if stage == "train" and self.bound_moves:
             self._refresh_bound()
+        if self.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         with cached():
             logits = self.model(inputs)
             constants = self.split[0].margin_lipschitz(logits.shape[1]).to(logits.device)
@@ -135,6 +146,7 @@ class CertifiedClassifier(L.LightningModule):
                 on_epoch=True,
                 prog_bar=name in shown,
                 batch_size=len(labels),
+                sync_dist=True,
             )
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -1,0 +1,88 @@
+"""Lookahead (Zhang et al. 2019, arXiv 1907.08610), around any optimizer of torch's interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from liplayers.errors import ArgumentError
+from liplayers.training.manifold import ManifoldAdamW
+
+
+class Lookahead(Optimizer):
+    r"""After every `every` steps of an inner optimizer, goes back to a slow copy φ that has moved part of the way.
+
+        φ ← φ + α·(θ − φ),   θ ← φ
+
+    The inner optimizer's moments are kept. Under `ManifoldAdamW` the orthogonal parameters are retracted afterwards,
+    since a mean of orthogonal matrices is none; a retraction costs as much as ten steps.
+
+    Args:
+        params: parameters or groups of them.
+        inner: (params, lr=…) → optimizer.
+        lr: its learning rate, which schedules change.
+        every: steps between two moves of φ, the paper's k.
+        alpha: within (0, 1]; 1 is the inner optimizer alone.
+
+    Raises:
+        ArgumentError: a setting out of range.
+
+    Source: Zhang et al. 2019, arXiv 1907.08610.
+
+    >>> weight = torch.nn.Parameter(torch.tensor(1.0))
+    >>> optimizer = Lookahead([weight], torch.optim.SGD, lr=0.1, every=1, alpha=0.5)
+    >>> weight.backward()
+    >>> optimizer.step()
+    >>> round(weight.item(), 4)
+    0.95
+    """
+
+    def __init__(
+        self, params: Any, inner: Callable[..., Optimizer], lr: float = 1e-3, every: int = 5, alpha: float = 0.5
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ArgumentError(f"Lookahead: every={every!r}; expected an integer of at least 1")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= 1:
+            raise ArgumentError(f"Lookahead: alpha={alpha!r}; expected a number in (0, 1]")
+        self.inner = inner(params, lr=lr)
+        self.every, self.alpha, self.steps = every, alpha, 0
+        super().__init__(self.inner.param_groups, self.inner.defaults)
+        self._share_groups()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["slow"] = p.detach().clone()
+
+    def _share_groups(self) -> None:
+        """A schedule sets the rates in our groups; they are the inner optimizer's."""
+        self.param_groups = self.inner.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of the inner optimizer, and a move of φ where it is due."""
+        loss = self.inner.step(closure)  # type: ignore[arg-type]
+        self.steps += 1
+        if self.steps % self.every == 0:
+            for p, state in self.state.items():
+                p.copy_(state["slow"].lerp_(p, self.alpha))
+            if isinstance(self.inner, ManifoldAdamW):
+                self.inner.retract()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "inner": self.inner.state_dict(),
+            "slow": [self.state[p]["slow"] for group in self.param_groups for p in group["params"]],
+            "steps": self.steps,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict["inner"])
+        self._share_groups()
+        self.steps = state_dict["steps"]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p, slow in zip(params, state_dict["slow"], strict=True):
+            self.state[p]["slow"].copy_(slow)
