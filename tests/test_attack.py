@@ -632,6 +632,8 @@ RESULT = Audit(
     boundary=560,
     boundary_certified=123,
     boundary_fallen=0,
+    naive_certified=500,
+    naive_fallen=44,
     headroom={0.5: 1.25},
     fallen=(),
 )

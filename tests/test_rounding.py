@@ -155,7 +155,7 @@ class Custom(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.first(x)) + 0.5 * x
-        h = torch.cat([h[:, :2], self.second(h).abs()[:, 1:5]], 1)
+        h = torch.cat([h[:, :2], self.second(input=h).abs()[:, 1:5]], 1)
         y = (h - 1.5) / 3.0 + x[:, :1]
         return 2 - y.view(-1, 2, 3).transpose(1, 2).flatten(1).neg()
 

@@ -329,8 +329,8 @@ class _Run(TorchDispatchMode):
         handles = []
         for module in self.leaves:
             given: list[Value] = []
-            handles.append(module.register_forward_pre_hook(self._enter(given)))
-            handles.append(module.register_forward_hook(self._leave(given)))
+            handles.append(module.register_forward_pre_hook(self._enter(given), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave(given), with_kwargs=True))
         try:
             yield
         finally:
@@ -338,19 +338,21 @@ class _Run(TorchDispatchMode):
                 handle.remove()
 
     def _enter(self, given: list[Value]) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
-            if self.paused or not self.depends(args[0]):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            (x,) = (*args, *kwargs.values())
+            if self.paused or not self.depends(x):
                 return
             path = self.leaves[module][0]
             self.where = f"{path} ({type(module).__name__})" if path else type(module).__name__
-            given.append(self.get(args[0]))
-            self.set(args[0], Value(given[-1].computed))
+            given.append(self.get(x))
+            self.set(x, Value(given[-1].computed))
             self.paused = type(module) in WHOLE
 
         return hook
 
     def _leave(self, given: list[Value]) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            (x,) = (*args, *kwargs.values())
             whole = WHOLE.get(type(module))
             if not given or (self.paused and whole is None):
                 return
@@ -358,13 +360,13 @@ class _Run(TorchDispatchMode):
             before = given.pop()
             inside = self.get(output)
             if whole is not None:
-                inside = Value(math.inf, whole(module, self.get(args[0]), output, self.arithmetic))
+                inside = Value(math.inf, whole(module, self.get(x), output, self.arithmetic))
             self.paused = True
-            at_zero = _norm(module.forward(torch.zeros_like(args[0]))) + inside.error
+            at_zero = _norm(module.forward(torch.zeros_like(x))) + inside.error
             self.paused = False
             magnitude = min(inside.magnitude, (bound * before.magnitude + at_zero) * _SLACK)
             error = (bound * before.error + inside.error) * _SLACK
-            self.set(args[0], before)
+            self.set(x, before)
             self.set(output, Value(magnitude, error))
             self.rows[path] = RoundingRow(path, type(module).__name__, bound, magnitude, inside.error, error)
             self.where = ""

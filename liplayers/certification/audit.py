@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from liplayers.certification.attack import Attacked, attack, batches, check_samples, headroom, misclassified
 from liplayers.certification.ball import distance
 from liplayers.certification.boundary import boundary_points, rounding_attack
-from liplayers.certification.radius import certified_accuracy
+from liplayers.certification.radius import certified_accuracy, certified_radius
 from liplayers.certification.steepest import margin_ratio_lower_bound
 from liplayers.errors import ArgumentError, ShapeError
 
@@ -73,6 +73,7 @@ class Audit:
         margin_ratio: the largest difference quotient of a margin over its constant; above 1 the constant is wrong.
         boundary, boundary_certified, boundary_fallen: points near the decision boundary, those of them with a positive
             radius, and those whose radius was refuted.
+        naive_certified, naive_fallen: the same for the radii that would be claimed if rounding were not counted.
         headroom: quantiles, by their level, of headroom over radius: 1 is all that a local method could certify.
         fallen: the first refutations of each kind.
     """
@@ -86,6 +87,8 @@ class Audit:
     boundary: int
     boundary_certified: int
     boundary_fallen: int
+    naive_certified: int
+    naive_fallen: int
     headroom: dict[float, float]
     fallen: tuple[Refutation, ...]
 
@@ -203,7 +206,7 @@ def audit(
             model, inputs, prediction, margin_lipschitz, seed=seed, batch_size=batch_size
         )
         tick()
-        boundary, rounding = _attack_boundary(subject, certify)
+        boundary, rounding = _attack_boundary(subject, certify, margin_lipschitz)
         room = _headroom(subject)
     return Audit(
         samples=len(inputs),
@@ -256,12 +259,14 @@ def _attack_at(
     return robust, refuted, found[:MOST]
 
 
-def _attack_boundary(subject: _Subject, certify: Callable[[Tensor], Tensor]) -> tuple[dict[str, int], list[Refutation]]:
+def _attack_boundary(
+    subject: _Subject, certify: Callable[[Tensor], Tensor], margin_lipschitz: Tensor
+) -> tuple[dict[str, int], list[Refutation]]:
     """Points near the boundary: how many there are, have a radius, and fell; and the first that fell.
 
     One batch of samples after the other, since each gives many points.
     """
-    tried = certified = refuted = 0
+    tried = certified = refuted = naive = naively = 0
     found: list[Refutation] = []
     options = {"seed": subject.seed, "batch_size": subject.batch_size}
     for rows in batches(len(subject.inputs), subject.batch_size, subject.inputs.device):
@@ -270,6 +275,7 @@ def _attack_boundary(subject: _Subject, certify: Callable[[Tensor], Tensor]) -> 
             continue
         with torch.no_grad():
             radius = certify(points)
+            unrounded = certified_radius(subject.model(points), margin_lipschitz.to(points))
         if radius.shape != labels.shape:
             raise ShapeError(f"certify: gave radii of shape {tuple(radius.shape)}; expected {tuple(labels.shape)}")
         held = (radius > 0).nonzero()[:, 0]
@@ -278,9 +284,14 @@ def _attack_boundary(subject: _Subject, certify: Callable[[Tensor], Tensor]) -> 
             near = replace(subject, inputs=points, labels=labels, radius=radius, first=tried)
             found += near.refutations("rounding", held[fallen], others[fallen])
             refuted += int(fallen.sum())
+        claimed = (unrounded > 0).nonzero()[:, 0]
+        if len(claimed):
+            attacked = rounding_attack(subject.model, points[claimed], labels[claimed], unrounded[claimed], **options)
+            naive, naively = naive + len(claimed), naively + int(attacked.fallen.sum())
         tried, certified = tried + len(points), certified + len(held)
     subject.tick()
-    return {"boundary": tried, "boundary_certified": certified, "boundary_fallen": refuted}, found[:MOST]
+    counts = {"boundary": tried, "boundary_certified": certified, "boundary_fallen": refuted}
+    return counts | {"naive_certified": naive, "naive_fallen": naively}, found[:MOST]
 
 
 def _headroom(subject: _Subject) -> dict[float, float]:
@@ -306,9 +317,9 @@ def _progress(console: Console | None, stages: int) -> Iterator[Callable[[], Non
 def audit_table(audit: Audit, title: str = "audit") -> Group:
     """Two tables: accuracy at each ε, certified and under attack; what was tried against the certificates.
 
-    >>> audit = Audit(4, 1.0, (RobustAccuracy(0.5, 0.5, 0.75, 0.75),), 4, 0, 0.99, 56, 30, 0, {0.5: 1.2}, ())
+    >>> audit = Audit(4, 1.0, (RobustAccuracy(0.5, 0.5, 0.75, 0.75),), 4, 0, 0.99, 56, 30, 0, 50, 9, {0.5: 1.2}, ())
     >>> [table.row_count for table in audit_table(audit).renderables]
-    [1, 4]
+    [1, 5]
     """
     accuracy = Table(title=title, caption="accuracy in %; balls are not clipped to a range of pixels")
     for heading in ("ε", "certified", "under PGD", "under APGD"):
@@ -321,6 +332,8 @@ def audit_table(audit: Audit, title: str = "audit") -> Group:
     checks.add_row("certified points, attacked at their radius", str(audit.certified), str(audit.certified_fallen))
     near = f"{audit.boundary_certified} of {audit.boundary}"
     checks.add_row("points near the boundary with a radius: rounding", near, str(audit.boundary_fallen))
+    naive = f"{audit.naive_certified} of {audit.boundary}"
+    checks.add_row("for comparison: radii without rounding", naive, str(audit.naive_fallen))
     checks.add_row(
         "largest slope of a margin / its constant",
         f"{audit.margin_ratio:.6f}",
