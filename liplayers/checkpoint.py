@@ -55,6 +55,10 @@ class Checkpoint:
 
     def load_into(self, model: nn.Module) -> None:
         """Copy the tensors into `model`, built from this checkpoint's config."""
+        own = model.state_dict()
+        for name, tensor in self.state_dict.items():
+            if not isinstance(tensor, Tensor) or (name in own and tensor.is_complex() != own[name].is_complex()):
+                raise CheckpointError(f"{self.path}: {name} is no tensor of the kind that its model has")
         try:
             model.load_state_dict(self.state_dict)
         except RuntimeError as error:
@@ -92,7 +96,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             epoch=int(content.get("epoch", -1)),
             state_dict={k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)},
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: its entry {KEY!r} is incomplete ({error}); train again") from None
 
 
@@ -110,5 +114,5 @@ def load_tensors(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read ({reason})") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (RuntimeError, EOFError, ValueError, KeyError):
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):
         raise CheckpointError(f"{path}: truncated, or not a checkpoint at all") from None

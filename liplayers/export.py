@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from liplayers.bounds.composition import _record_shapes
+from liplayers.bounds.composition import _record_shapes, is_changed
 from liplayers.bounds.torch_modules import Shape
 from liplayers.errors import ArgumentError, ExportError, LipschitzError, MissingPackageError, OutputError
 from liplayers.layers.activations import Householder
@@ -139,8 +139,10 @@ class _Freezer:
 
 def _check_plain(module: nn.Module) -> None:
     """Raise ArgumentError where a copy, or what replaces it, would silently lose or keep something."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        raise ArgumentError("it has forward hooks or a replaced forward, which freezing cannot keep: remove them first")
+    if is_changed(module):
+        raise ArgumentError(
+            "it has forward hooks, or a replaced forward or __call__, which freezing cannot keep: remove them first"
+        )
     if is_parametrized(module):
         raise ArgumentError("it has parametrizations of torch: call torch.nn.utils.parametrize.remove_parametrizations")
 

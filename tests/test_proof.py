@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import importlib
@@ -31,6 +32,7 @@ from liplayers.errors import (
     ConfigError,
     LipschitzError,
     ShapeError,
+    UnknownBoundError,
     UnknownNameError,
     VerificationError,
 )
@@ -164,6 +166,107 @@ def test_what_was_proven_cannot_be_cast_moved_or_trained():
             change()
     assert network.eval() is network
     assert not any(p.requires_grad for p in network.parameters())
+
+
+def test_what_was_proven_cannot_be_written_to():
+    network = CertifiedNetwork(classifier(), (16,), 4)
+    with pytest.raises(ArgumentError, match="stays what its proofs are about"):
+        network.load_state_dict({k: 100 * v for k, v in network.state_dict().items()})
+    with torch.no_grad():
+        next(network.network.parameters()).mul_(100)
+    with pytest.raises(ArgumentError, match="were written to"):
+        network.radius(torch.rand(2, 16))
+
+
+def test_inputs_of_another_shape_have_no_certificate():
+    """A pool of an 8 × 8 image averages; one of a 4 × 4 image does not, and has another bound."""
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16, 3))
+    network = CertifiedNetwork(model, (1, 32, 32), 3)
+    for shape in [(2, 1, 4, 4), (1, 32, 32), (2, 3, 32, 32)]:
+        with pytest.raises(ShapeError, match=r"the proofs are for \(N, 1, 32, 32\)"):
+            network.radius(torch.rand(shape))
+
+
+class Mixing(nn.Module):
+    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.compute = compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lp.MaxMin(dim=0),
+        lp.MaxMin(dim=-2),
+        lp.GroupSort(dim=0),
+        lp.GroupSort(None, dim=-2),
+        lp.BetaAbs(dim=0),
+        lp.Residual(lp.MaxMin(-2)),
+        Mixing(lambda x: (x + x.unsqueeze(1))[:, 0]),
+        Mixing(lambda x: x - x[0]),
+        Mixing(lambda x: x.reshape(-1, 2, 2).transpose(0, 1).reshape(-1, 4)),
+        Mixing(lambda x: x + x.shape[0] * 1.0),
+    ],
+    ids=range(10),
+)
+def test_a_model_that_mixes_the_samples_of_a_batch_is_refused(part: nn.Module):
+    for width in (2, 4, 5, 7):
+        model = nn.Sequential(nn.Linear(4, width), copy.deepcopy(part), nn.Linear(width, 3))
+        with pytest.raises((UnknownBoundError, ShapeError)):
+            CertifiedNetwork(model, (4,), 3)
+
+
+def test_a_replaced_call_and_hooks_of_every_module_are_refused():
+    class Tenfold(nn.Sequential):
+        def __call__(self, *args: Any) -> Any:
+            return 10 * super().__call__(*args)
+
+    with pytest.raises((UnknownBoundError, ArgumentError), match="__call__"):
+        CertifiedNetwork(Tenfold(nn.Linear(4, 3)), (4,), 3)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: 3 * out)
+    try:
+        with pytest.raises((UnknownBoundError, ArgumentError), match="hook"):
+            CertifiedNetwork(nn.Linear(4, 3), (4,), 3)
+        with pytest.raises(UnknownBoundError, match="hook"):
+            lp.lipschitz_bound(nn.Linear(4, 3))
+    finally:
+        handle.remove()
+
+
+def test_an_input_that_a_module_writes_to_stays_as_it_was():
+    network = CertifiedNetwork(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)), (3,), 2)
+    x = torch.tensor([[-100.0, 1.0, 1.0]], dtype=F64)
+    network.radius(x)
+    assert x.tolist() == [[-100.0, 1.0, 1.0]]
+    assert network.worst_rounding is not None
+    assert network.worst_rounding.input_norm >= 100
+
+
+def test_squares_that_overflow_have_no_certificate():
+    torch.manual_seed(0)
+    model = nn.Sequential(lp.Scale(1e154), lp.GlobalL2Pool2d(), lp.Scale(1e-154), nn.Linear(2, 2)).double()
+    assert CertifiedNetwork(model, (2, 2, 2), 2).radius(torch.rand(8, 2, 2, 2)).tolist() == [0.0] * 8
+
+
+def test_weights_of_several_dtypes_are_kept_and_hashed_as_they_are():
+    model = nn.Sequential(nn.Linear(4, 4), lp.PositionEmbedding((4,), dtype=F64), nn.Linear(4, 3))
+    model[1].position.data.uniform_()
+    model = nn.Sequential(model[1], lp.Scale(1.0), nn.Linear(4, 3).double())
+    network = CertifiedNetwork(model, (4,), 3)
+    assert {str(t.dtype) for t in network.weights().values()} == {"torch.float64"}
+    again = CertifiedNetwork(model, (4,), 3, weights=network.weights())
+    assert again.sha256() == network.sha256()
+    model[0].position.data += 1e-10
+    assert CertifiedNetwork(model, (4,), 3).sha256() != network.sha256()
+
+
+def test_it_can_be_made_in_inference_mode():
+    with torch.inference_mode():
+        radius = CertifiedNetwork(classifier(), (16,), 4).radius(torch.rand(2, 16))
+    assert (radius > 0).all()
 
 
 def test_weights_of_another_machine_run_and_those_of_another_model_are_refused():
@@ -334,7 +437,7 @@ def test_the_report_says_what_was_proven(certified: Path):
     report = json.loads((certified / "report/report.json").read_text())
     assert report["mode"] == "proof"
     assert report["dtype"] == "float64"
-    assert report["network"]["stored_dtype"] == "float32"
+    assert report["network"]["stored_dtypes"] == ["float32"]
     assert 0 < report["rounding"]["logit_error"] < 1e-9
     assert report["rounding"]["largest_term"]["layer"] in report["lipschitz"]["layers"]
     assert report["rounding"]["input_norm"] >= 8  # 64 pixels in [0, 1]
@@ -447,6 +550,32 @@ def drop_last_sample(folder: Path) -> None:
     edited(folder, lambda report: report.update(certificates_sha256=hashlib.sha256(text.encode()).hexdigest()))
 
 
+def rewritten(folder: Path, change: Callable[[str], str]) -> None:
+    path = folder / "report/report.json"
+    path.write_text(change(path.read_text()))
+
+
+def recertified(folder: Path, change: Callable[[str], str]) -> None:
+    """A changed certificates.csv whose hash the report has, too."""
+    path = folder / "report/certificates.csv"
+    content = change(path.read_text()).encode()
+    path.write_bytes(content)
+    edited(folder, lambda report: report.update(certificates_sha256=hashlib.sha256(content).hexdigest()))
+
+
+def with_more_radius(text: str) -> str:
+    lines = text.splitlines(keepends=True)
+    start, radius = lines[1].rstrip().rsplit(",", 1)
+    lines[1] = f"{start},{float(radius) + 9e-9!r}\n"
+    return "".join(lines)
+
+
+def with_longer_numbers(text: str) -> str:
+    lines = text.splitlines(keepends=True)
+    lines[1] = lines[1].rstrip() + "0000\n"
+    return "".join(lines)
+
+
 def other_weights(folder: Path) -> None:
     path = folder / "report/network.pt"
     weights = torch.load(path, weights_only=True)
@@ -470,11 +599,37 @@ def other_weights(folder: Path) -> None:
         (lambda folder: (folder / "report/report.json").write_text("[" * 100_000), "not a report"),
         (lambda folder: edited(folder, lambda r: r.pop("network")), "not a report .*network"),
         (lambda folder: edited(folder, lambda r: r.update(mode="fast")), "mode|network|rounding|dtype"),
-        (lambda folder: edited(folder, lambda r: r.update(mode="quick")), "quick"),
+        (lambda folder: edited(folder, lambda r: r.update(mode="quick")), "unknown mode"),
         (lambda folder: edited(folder, lambda r: r["data"].update(split="val")), "differ|is|samples"),
         (lambda folder: edited(folder, lambda r: r["results"].update(certified_accuracy=[])), "not a report"),
         (lambda folder: edited(folder, lambda r: r["results"].update(extra=1)), "results.extra is 1"),
-        (lambda folder: edited(folder, lambda r: r["results"].pop("mean_radius")), "mean_radius is 'absent'"),
+        (lambda folder: edited(folder, lambda r: r["results"].update(extra="absent")), "results.extra is 'absent'"),
+        (lambda folder: edited(folder, lambda r: r.update(device_note="99 %")), "device_note is '99 %'"),
+        (lambda folder: edited(folder, lambda r: r["data"].update(config_note=1)), "data.config_note is 1"),
+        (lambda folder: edited(folder, lambda r: r["rounding"].update(logit_error=-9e-9)), "logit_error"),
+        (lambda folder: edited(folder, lambda r: r["data"].update(split="${oc.env:HOME}")), "unknown mode or split"),
+        (lambda folder: edited(folder, lambda r: r["checkpoint"].update(sha256="a\nb")), "sha256 that is none"),
+        (lambda folder: edited(folder, lambda r: r["results"]["certified_accuracy"][0].update(eps="1\n")), "radii"),
+        (
+            lambda folder: rewritten(folder, lambda t: t.replace('"results": {', '"results": {"mean_radius": 9.0, ')),
+            "the same key twice",
+        ),
+        (lambda folder: torch.save({1: torch.ones(1)}, folder / "report/network.pt"), "more than plain tensors"),
+        (
+            lambda folder: torch.save({"a": torch.zeros(1).expand(10**13)}, folder / "report/network.pt"),
+            "more than plain tensors",
+        ),
+        (
+            lambda folder: torch.save({"a": torch.eye(2).to_sparse()}, folder / "report/network.pt"),
+            "more than plain tensors",
+        ),
+        (lambda folder: recertified(folder, lambda t: t.replace("radius", "radius,radius", 1)), "begins with"),
+        (lambda folder: recertified(folder, lambda t: t.replace("\n3,", "\n٣,", 1)), "cannot be read"),
+        (lambda folder: recertified(folder, lambda t: t.replace("\n3,", ",9\n3,", 1)), "sample 2 is"),
+        (lambda folder: recertified(folder, lambda t: t + "359,0,0,1.0,9.0"), "begins with"),
+        (lambda folder: recertified(folder, with_more_radius), "sample 0 has radius"),
+        (lambda folder: recertified(folder, with_longer_numbers), "sample 0 has radius"),
+        (lambda folder: edited(folder, lambda r: r["results"].pop("mean_radius")), "mean_radius is absent"),
     ],
 )
 def test_reports_that_are_damaged_or_do_not_belong_are_refused_in_one_line(

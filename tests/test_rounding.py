@@ -170,6 +170,100 @@ class InPlace(nn.Module):
         return y.relu_() - 0.1
 
 
+def alone(compute: Callable[[Tensor], Tensor], bound: float = 1e9) -> tuple[RoundingAnalysis, nn.Module]:
+    """The analysis of one function, in float32; with the default, without any help of a bound of its module."""
+
+    class Alone(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return compute(x)
+
+    module = Alone().eval()
+    return RoundingAnalysis(module, (4, 6), {"": bound}, torch.float32), module
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: torch.add(x, x.flip(2), alpha=1e4),
+        lambda x: torch.sub(x, x.flip(2), alpha=-300.0),
+        lambda x: torch.rsub(x, x.flip(2), alpha=1e4),
+        lambda x: torch.rsub(1e-4 * x, 1e4 * x.flip(2), alpha=1e4),
+        lambda x: (x[:, :1].expand(-1, 4, -1) * 1.5).clone(),
+        lambda x: torch.cat([x[:, :, :1].expand(-1, -1, 9), x], 2) / 3,
+        lambda x: F.pad(x, (5, 5), "replicate") * 0.3,
+        lambda x: F.pad(x[:, None], (5, 5, 3, 3), "reflect") * 0.3,
+        lambda x: F.pad(x[:, None], (6, 6, 4, 4), "circular") * 0.3,
+        lambda x: filled(x, 1e4) * 1.1,
+        lambda x: filled(x, -1e4) - 0.1,
+        lambda x: (x * 7.0).mul_(0.1).add_(x, alpha=3.0),
+        lambda x: x.mean(1) + x.sum(1) / 3,
+    ],
+)
+def test_single_operations_stay_within_their_error_and_magnitude(compute: Callable[[Tensor], Tensor]):
+    analysis, module = alone(compute)
+    x = inputs((4, 6), 4.0)
+    found, exact = analysis.at(4.0), module(x.double())
+    size = exact.flatten(1).norm(dim=1).amax()
+    assert (module(x).double() - exact).flatten(1).norm(dim=1).amax() <= found.error
+    assert size <= found.magnitude < 1e6 * size
+
+
+def filled(x: Tensor, value: float) -> Tensor:
+    """x in a larger tensor of a constant that it is written to."""
+    y = x.new_full((len(x), 4, 7), value)
+    y[:, :, :-1] = x
+    return y
+
+
+def test_a_constant_that_is_written_to_counts_as_it_was_before():
+    """And the rest of its storage with it: here the next layer cancels large numbers."""
+    analysis, _ = alone(lambda x: filled(x, 1e8))
+    assert analysis.at(1.0).magnitude >= 2e8
+    analysis, _ = alone(lambda x: torch.full_like(x, 0.7).mul_(x))
+    with pytest.raises(UnknownBoundError, match="both depend"):
+        analysis.at(1.0)
+
+
+def test_what_underflows_is_counted():
+    analysis, module = alone(lambda x: torch.linalg.vector_norm(x, dim=(1, 2)))
+    x = torch.full((1, 4, 6), 1e-30)
+    assert module(x).item() == 0.0
+    assert analysis.at(1e-28).error >= module(x.double()).item()
+
+
+def test_the_output_at_zero_counts_with_its_own_error():
+    """A constant that rounding takes away altogether."""
+    analysis, module = alone(lambda x: 0.0 * x + 1.0 + 1e-9 - 1.0, bound=0.0)
+    x = torch.zeros(1, 4, 6)
+    assert module(x).norm() == 0 < module(x.double()).norm() <= analysis.at(1.0).magnitude < 1e-4
+
+
+def test_a_module_s_input_is_what_it_was_for_whatever_reads_it_later():
+    """The branch is analysed for an exact input; the skip connection carries the error that came in."""
+
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.branch = nn.Linear(6, 6), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.branch(h) + h
+
+    analysis = RoundingAnalysis(Skip().double().eval(), (6,))
+    first, branch = analysis.at(1.0).rows
+    assert analysis.at(1.0).error >= first.error + branch.error > 1.5 * first.error
+
+
+def test_results_computed_outside_torch_are_refused():
+    outside = forward_of(lambda x: torch.from_numpy(abs(x.detach().numpy())))
+    with pytest.raises(UnknownBoundError, match="outside torch"):
+        RoundingAnalysis(outside, (3,), {"": 1.0, "0": 1.0, "1": 1.0}).at(1.0)
+    analysis, _ = alone(lambda x: torch.tensor(x.tolist()))
+    with pytest.raises(UnknownBoundError, match="outside torch"):
+        analysis.at(1.0)
+
+
 def state_bound(module: nn.Module, bound: float) -> None:
     lp.register_bound(type(module), lambda module, shape: bound)
 

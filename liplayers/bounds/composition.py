@@ -160,6 +160,7 @@ class _Walk:
         return value
 
     def _bound(self, module: nn.Module, path: str) -> float:
+        self._check_dimension(module)
         if isinstance(module, LipschitzModule) and _covers_forward(module, "lipschitz_bound"):
             return module.lipschitz_bound()
         if isinstance(module, Container) and _covers_forward(module, "compose_bounds"):
@@ -172,6 +173,15 @@ class _Walk:
         if known is not None:
             return known
         return max(bounds[_output(graph)] for graph, bounds in self._traced(module, path))
+
+    def _check_dimension(self, module: nn.Module) -> None:
+        """What acts along dimension 0 treats the samples of a batch as one vector."""
+        dim = getattr(module, "dim", None)
+        if not isinstance(dim, int):
+            return
+        for shape in self.shapes.get(module, {None}):
+            if dim == 0 or (shape is not None and dim == -1 - len(shape)):
+                raise UnknownBoundError(f"dim={dim} is the batch, whose samples it mixes: choose another dimension")
 
     def _product(self, children: list[tuple[str, nn.Module]], path: str) -> float:
         return upward.product(*(self.bound(child, _join(path, name)) for name, child in children))
@@ -207,7 +217,7 @@ class _Walk:
             isinstance(module, Container) and _covers_forward(module, "compose_bounds")
         )
         known = ours or _is_sequential(module) or type(module) in RULES
-        return known or type(module).__module__.startswith("torch.nn.") or _is_changed(module)
+        return known or type(module).__module__.startswith("torch.nn.") or is_changed(module)
 
     def split(self, module: nn.Module, path: str) -> HeadSplit:
         try:
@@ -244,13 +254,17 @@ class _Walk:
         return HeadSplit(max(bounds[_output(graph)] for graph, bounds in traced), None)
 
 
-def _is_changed(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def is_changed(module: nn.Module) -> bool:
+    """Whether something beside its class's forward has a say in what it computes."""
+    everywhere = torch.nn.modules.module
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    hooked = hooked or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
+    return bool(hooked) or "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__
 
 
 def _check_unchanged(module: nn.Module) -> None:
-    if _is_changed(module):
-        raise UnknownBoundError("a forward hook, a forward pre-hook or a replaced forward may change what it computes")
+    if is_changed(module):
+        raise UnknownBoundError("a forward hook, or a replaced forward or __call__, may change what it computes")
 
 
 def _covers_forward(module: nn.Module, rule: str) -> bool:
@@ -311,11 +325,12 @@ def _record_shapes(model: nn.Module, input_shape: Shape) -> dict[nn.Module, set]
     """The input shapes, without the batch, that each module sees when the model runs on zeros."""
     shapes: dict[nn.Module, set] = {}
 
-    def hook(module: nn.Module, args: tuple, output: object) -> None:
-        if args and isinstance(args[0], Tensor):
-            shapes.setdefault(module, set()).add(tuple(args[0].shape[1:]))
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        given = next(iter((*args, *kwargs.values())), None)
+        if isinstance(given, Tensor):
+            shapes.setdefault(module, set()).add(tuple(given.shape[1:]))
 
-    handles = [m.register_forward_hook(hook) for m in model.modules()]
+    handles = [m.register_forward_hook(hook, with_kwargs=True) for m in model.modules()]
     like = _like(model)
     try:
         with evaluating(model):

@@ -19,9 +19,9 @@ from torch import Tensor, fx, nn
 from liplayers.errors import UnknownBoundError
 from liplayers.linalg import upward
 
-Shapes = dict[fx.Node, tuple[int, ...]]
+Shapes = dict[fx.Node, tuple[int, ...] | None]
 
-_BATCH = 2  # of the trial run that records shapes; with 1 a broadcast over the batch would not show
+_BATCHES = (5, 7)  # of the trial runs that record shapes: what is no batch has the same size in both
 
 _UNCHANGED_FUNCTIONS = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze}
 _UNCHANGED_METHODS = {
@@ -97,19 +97,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def value_shapes(module: nn.Module, graph: fx.Graph, input_shape: tuple[int, ...], like: Tensor) -> Shapes:
-    """The shape of each tensor in the graph, from a run on a batch of zeros."""
-    shapes: Shapes = {}
+    """The shape of each tensor in the graph for one sample, from runs on batches of zeros; None without a batch."""
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             if isinstance(value, Tensor):
-                shapes[n] = tuple(value.shape)
+                shapes.setdefault(n, []).append(tuple(value.shape))
             return value
 
+    shapes: dict[fx.Node, list[tuple[int, ...]]] = {}
     with evaluating(module):
-        Recorder(module, graph=graph).run(torch.zeros(_BATCH, *input_shape, dtype=like.dtype, device=like.device))
-    return shapes
+        for batch in _BATCHES:
+            Recorder(module, graph=graph).run(torch.zeros(batch, *input_shape, dtype=like.dtype, device=like.device))
+    batched = {n: tuple(s[:1] for s in found) == tuple((b,) for b in _BATCHES) for n, found in shapes.items()}
+    return {n: found[0][1:] if batched[n] and found[0][1:] == found[1][1:] else None for n, found in shapes.items()}
 
 
 def graph_bounds(graph: fx.Graph, leaf_bound: Callable[[str], float], shapes: Shapes | None) -> dict[fx.Node, float]:
@@ -125,7 +127,7 @@ def graph_bounds(graph: fx.Graph, leaf_bound: Callable[[str], float], shapes: Sh
     bounds: dict[fx.Node, float] = {}
     for node in graph.nodes:
         bounds[node] = _value(node, bounds, leaf_bound, shapes)
-        if shapes is not None and bounds[node] and shapes.get(node, (_BATCH,))[:1] != (_BATCH,):
+        if shapes is not None and bounds[node] and shapes.get(node, ()) is None:
             raise UnknownBoundError(f"its forward mixes the samples of a batch ({_name(node)})")
     return bounds
 
@@ -187,8 +189,11 @@ def _sum(node: fx.Node, bounds: dict[fx.Node, float], shapes: Shapes | None) -> 
         return upward.product(len(operands), bounds[operands[0]])
     if shapes is None:
         raise UnknownBoundError("its forward adds tensors, which may broadcast: pass input_shape")
-    size = math.prod(shapes[node])
-    repeats = ((a, size // math.prod(shapes[a])) for a in operands if bounds[a])
+    whole = shapes[node]
+    parts = [(a, shapes[a]) for a in operands if bounds[a]]
+    if whole is None or any(part is None or len(part) != len(whole) for _, part in parts):
+        raise UnknownBoundError("its forward adds tensors of different dimensions, which mixes the samples of a batch")
+    repeats = ((a, math.prod(whole) // max(1, math.prod(part or ()))) for a, part in parts)
     return upward.total(*(upward.product(bounds[a], upward.root(times)) for a, times in repeats))
 
 

@@ -148,6 +148,7 @@ class RoundingAnalysis:
         self.input_shape = tuple(input_shape)
         self.bounds = dict(layer_bounds(network, input_shape) if bounds is None else bounds)
 
+    @torch.inference_mode(False)
     def at(self, input_norm: float) -> Rounding:
         """The error for all inputs of norm up to `input_norm`."""
         run = _Run(self.dtype, self._leaves(), _constant_errors(self.network))
@@ -161,6 +162,8 @@ class RoundingAnalysis:
                 raise
         if run.refusal is not None:
             raise run.refusal
+        if not run.depends(y):
+            raise run.unknown("what it returns does not depend on its input, or was computed outside torch")
         found = run.get(y)
         error = found.error if math.isfinite(found.error) else math.inf
         return Rounding(input_norm, found.magnitude, error, tuple(run.rows.values()))
@@ -196,6 +199,11 @@ def _constant_errors(network: nn.Module) -> dict[int, float]:
 
 def _storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata
+
+
+def _entries(x: Tensor) -> int:
+    """How many there are in the storage of x."""
+    return x.untyped_storage().nbytes() // x.element_size()
 
 
 def _repeats(x: Tensor) -> int:
@@ -270,10 +278,14 @@ class _Run(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         if self.paused:
-            return out
+            return func(*args, **kwargs)
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        if func._schema.is_mutable and any(map(self.depends, tensors)) and not self.depends(args[0]):
+            self.set(
+                args[0], Value(_norm(args[0].as_strided((_entries(args[0]),), (1,), 0)))
+            )  # a constant that is written to; read before it is
+        out = func(*args, **kwargs)
         if func.overloadpacket in FACTORIES:
             if func.overloadpacket in (aten.new_empty, aten.empty_like):  # to be filled in place
                 self.set(out, Value(0.0))
@@ -305,7 +317,7 @@ class _Run(TorchDispatchMode):
             self.set(other, Value(math.inf, math.inf))
         self.require_dtype(func, out)
         magnitude, error = value.magnitude * _SLACK, value.error * _SLACK
-        if func._schema.is_mutable and out.numel() < out.untyped_storage().nbytes() // out.element_size():
+        if func._schema.is_mutable and out.numel() < _entries(out):
             old = self.get(out)  # the rest of the storage stays as it was
             magnitude, error = math.hypot(magnitude, old.magnitude) * _SLACK, math.hypot(error, old.error) * _SLACK
         overflows = not (magnitude < self.arithmetic.large and error < self.arithmetic.large)
@@ -356,6 +368,8 @@ class _Run(TorchDispatchMode):
             whole = WHOLE.get(type(module))
             if not given or (self.paused and whole is None):
                 return
+            if whole is None and not self.depends(output):
+                raise self.unknown("what it returns was computed outside torch")
             path, bound = self.leaves[module]
             before = given.pop()
             inside = self.get(output)
@@ -366,6 +380,8 @@ class _Run(TorchDispatchMode):
             self.paused = False
             magnitude = min(inside.magnitude, (bound * before.magnitude + at_zero) * _SLACK)
             error = (bound * before.error + inside.error) * _SLACK
+            if _storage(x) == _storage(output) and output.numel() < _entries(output):
+                magnitude, error = math.hypot(magnitude, before.magnitude), math.hypot(error, before.error)
             self.set(x, before)
             self.set(output, Value(magnitude, error))
             self.rows[path] = RoundingRow(path, type(module).__name__, bound, magnitude, inside.error, error)
@@ -523,6 +539,8 @@ def _vector_norm(run: _Run, out: Tensor, x: Tensor, ord: float = 2, *args: Any, 
     if ord != 2 or kwargs.get("dtype") is not None:
         raise run.unknown(f"a norm of order {ord}")
     given, terms = run.get(x), x.numel() // max(1, out.numel())
+    if given.computed > math.sqrt(run.arithmetic.large):
+        return Value(math.inf, math.inf)
     underflow = math.sqrt(x.numel() * run.arithmetic.tiny)  # of the squares
     return Value(given.magnitude, given.error + run.arithmetic.gamma(terms + 8) * given.computed + underflow)
 
@@ -646,7 +664,7 @@ RULES: dict[Any, Callable[..., Value | None]] = {
     aten.add_: _add,
     aten.sub: _add,
     aten.sub_: _add,
-    aten.rsub: _add,
+    aten.rsub: lambda run, out, a, b, alpha=1: _add(run, out, b, a, alpha=alpha),
     aten.mul: _multiply,
     aten.mul_: _multiply,
     aten.div: _divide,
@@ -698,6 +716,8 @@ def _lp_pool(module: nn.LPPool2d, x: Value, out: Tensor, format: Arithmetic) -> 
     """The root of a sum of squares, each off by few units: of the ℓ2 norm, since only that has a bound."""
     kernel = module.kernel_size if isinstance(module.kernel_size, tuple) else (module.kernel_size,) * 2
     area = math.prod(kernel)
+    if x.computed > math.sqrt(format.large):
+        return math.inf
     return format.gamma(area + 16) * x.computed + math.sqrt(4 * out.numel() * area * area * format.tiny)
 
 

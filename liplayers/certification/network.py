@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from liplayers.bounds import classifier_bounds
 from liplayers.bounds.rounding import Rounding, RoundingAnalysis
 from liplayers.certification.radius import certified_radius
-from liplayers.errors import ArgumentError, CheckpointError, ShapeError, UnknownNameError
+from liplayers.errors import ArgumentError, CheckpointError, ShapeError, UnknownBoundError, UnknownNameError
 from liplayers.export import freeze
 from liplayers.layers.base import exact_precision
 
 MODES = ("proof", "fast")
-SAME_WEIGHTS = 1e-3  # relative to the largest entry: what orders of summation make of ill-conditioned weights
+SAME_WEIGHTS = 1e-5  # relative to the largest entry: what orders of summation make of weights in float32
 LARGEST_RADIUS = 2.0**20  # certified; rounding is analysed for a bounded set of inputs
 
 
@@ -76,16 +76,16 @@ class CertifiedNetwork(nn.Module):
         self.device = torch.device(device)
         self.input_shape = tuple(input_shape)
         self.num_classes = num_classes
-        if mode == "proof":
-            model = freeze(copy.deepcopy(model).cpu().eval(), input_shape)
-            self.stored_dtype = _dtype(model)
-            if weights is not None:
-                _load(model, weights)
-            model = model.double()
-        else:
-            model = model.eval().requires_grad_(False)
-            self.stored_dtype = _dtype(model)
-        with torch.no_grad(), exact_precision(torch.device("cpu")):
+        self.weights_distance = 0.0
+        with torch.inference_mode(False), torch.no_grad(), exact_precision(torch.device("cpu")):
+            if mode == "proof":
+                model = freeze(copy.deepcopy(model).cpu().eval(), input_shape)
+                if weights is not None:
+                    self.weights_distance = _load(model, weights)
+            else:
+                model = model.eval().requires_grad_(False)
+            self.stored_dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+            model = model.double() if mode == "proof" else model
             self.bounds = classifier_bounds(model, input_shape)
             self.margin_lipschitz = self.bounds.split.margin_lipschitz(num_classes)
         self._analysis = RoundingAnalysis(model, input_shape, self.bounds.upper) if mode == "proof" else None
@@ -93,16 +93,21 @@ class CertifiedNetwork(nn.Module):
         kept = self._analysis is not None and self.device.type != "cpu"  # the analysis needs it on the CPU
         self.network = (copy.deepcopy(model) if kept else model).to(self.device)
         self.eval()
+        self._versions = self._count_versions()
+        self._check_samples_apart()
 
     @property
     def dtype(self) -> torch.dtype:
         """That the network runs in."""
-        return torch.float64 if self.mode == "proof" else self.stored_dtype
+        return torch.float64 if self.mode == "proof" else _dtype(self.network)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The logits, (N, K); differentiable in the inputs."""
+        if tuple(inputs.shape[1:]) != self.input_shape:
+            expected = ", ".join(map(str, self.input_shape))
+            raise ShapeError(f"inputs of shape {tuple(inputs.shape)}; the proofs are for (N, {expected})")
         with exact_precision(self.device), _inner_products():
-            logits = self.network(inputs.to(self.device, self.dtype))
+            logits = self.network(inputs.to(self.device, self.dtype, copy=True))  # it may write to its input
         if logits.dim() != 2 or logits.shape[1] != self.num_classes:
             raise ShapeError(f"the model has {tuple(logits.shape)} logits, the data {self.num_classes} classes")
         return logits
@@ -114,6 +119,8 @@ class CertifiedNetwork(nn.Module):
             inputs: (N, *input_shape), exact numbers: what is certified is the ball around these.
             logits: of the inputs, where they were computed already.
         """
+        if self._count_versions() != self._versions:
+            raise ArgumentError("the weights of this CertifiedNetwork were written to: make another for the new ones")
         with torch.no_grad():
             logits = (self(inputs) if logits is None else logits).detach().cpu().double()
             constants = self.margin_lipschitz.double().cpu()
@@ -144,9 +151,9 @@ class CertifiedNetwork(nn.Module):
         return self._roundings[max(self._roundings)] if self._roundings else None
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights that run, on the CPU, in the dtype that they were computed in."""
+        """The weights that run, on the CPU, in the dtypes that they were computed in."""
         return {
-            name: tensor.detach().cpu().to(self.stored_dtype if tensor.is_floating_point() else tensor.dtype)
+            name: tensor.detach().cpu().to(self.stored_dtypes[name])
             for name, tensor in self.network.state_dict().items()
         }
 
@@ -162,6 +169,24 @@ class CertifiedNetwork(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> CertifiedNetwork:
         raise ArgumentError("a CertifiedNetwork stays what its proofs are about: make another, with device=…")
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise ArgumentError("a CertifiedNetwork stays what its proofs are about: make another, with weights=…")
+
+    def _count_versions(self) -> list[int]:
+        return [tensor._version for tensor in (*self.network.parameters(), *self.network.buffers())]
+
+    def _check_samples_apart(self) -> None:
+        """Raise unless random samples get the same logits in batches of several sizes and alone, up to rounding."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand(7, *self.input_shape, generator=generator, dtype=torch.float64).to(self.dtype)
+        with torch.no_grad():
+            alone = torch.cat([self(row[None]) for row in x])
+            for size in (5, 7):
+                together = self(x[:size])
+                distance = (together - alone[:size]).abs().amax()
+                if distance > 1e4 * torch.finfo(self.dtype).eps * alone.abs().amax().clamp_min(1):
+                    raise UnknownBoundError("the logits of a sample depend on the other samples of its batch")
+
 
 @contextmanager
 def _inner_products() -> Iterator[None]:
@@ -174,19 +199,23 @@ def _inner_products() -> Iterator[None]:
         torch.backends.cudnn.enabled = enabled
 
 
-def _load(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights that are those of the network up to rounding."""
-    own = network.state_dict()
+def _load(network: nn.Module, weights: Mapping[str, Tensor]) -> float:
+    """Copy weights that are those of the network up to rounding; their distance, relative to each tensor's largest."""
+    own, farthest = network.state_dict(), 0.0
     for name in own.keys() | weights.keys():
         if name not in own or name not in weights or own[name].shape != weights[name].shape:
             raise CheckpointError(f"{name}: is not in both networks with one shape; the weights are of another model")
         if own[name].dtype != weights[name].dtype:
             raise CheckpointError(f"{name}: is {weights[name].dtype}, expected {own[name].dtype}")
-        distance = (own[name].double() - weights[name].double()).abs()
-        limit = SAME_WEIGHTS * own[name].double().abs().amax() if own[name].numel() else 0.0
-        if not bool((distance <= limit).all()):
-            raise CheckpointError(f"{name}: differs by {distance.max():.1e}; the weights are of another model")
+        if not own[name].numel():
+            continue
+        largest = own[name].double().abs().amax().item()
+        distance = (own[name].double() - weights[name].double()).abs().amax().item()
+        if not distance <= SAME_WEIGHTS * largest:
+            raise CheckpointError(f"{name}: differs by {distance:.1e}; the weights are of another model")
+        farthest = max(farthest, distance / largest if largest else 0.0)
     network.load_state_dict(weights)
+    return farthest
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:

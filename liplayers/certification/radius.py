@@ -50,6 +50,7 @@ def certified_radius(logits: Tensor, margin_lipschitz: Tensor, logit_error: Tens
     ratio = torch.where(constants > 0, margin / constants, torch.where(constant, math.inf, 0.0))
     ratio = ratio.scatter(1, prediction, math.inf)
     radius = (ratio.amin(1) * (1 - 8 * u)).clamp_min(0)
+    radius = torch.where(radius >= 2.0**30 * torch.finfo(radius.dtype).tiny, radius, 0.0)  # no relative errors below
     return torch.where(torch.isfinite(logits).all(1) & ~radius.isnan(), radius, 0.0)
 
 

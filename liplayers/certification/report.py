@@ -60,7 +60,7 @@ def proofs(network: CertifiedNetwork) -> dict[str, Any]:
     found: dict[str, Any] = {
         "network": {
             "sha256": network.sha256(),
-            "stored_dtype": _name(network.stored_dtype),
+            "stored_dtypes": sorted({_name(dtype) for dtype in network.stored_dtypes.values()}),
             "parameters": sum(t.numel() for t in network.network.parameters()),
         },
         "lipschitz": {

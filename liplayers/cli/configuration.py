@@ -61,6 +61,8 @@ def check_config(checkpoint: Checkpoint, node: Any, allow: Any) -> None:
     """A checkpoint must not choose what code runs: numbers, strings, lists, dicts, and targets that are known."""
     packages = [allow] if isinstance(allow, str) else list(allow)
     if isinstance(node, dict):
+        if not all(isinstance(key, str) for key in node):
+            raise CheckpointError(f"{checkpoint.path}: its config has keys that are no names; expected plain strings")
         if "_target_" in node:
             _check_target(checkpoint, str(node["_target_"]), packages)
         for value in node.values():
@@ -68,8 +70,19 @@ def check_config(checkpoint: Checkpoint, node: Any, allow: Any) -> None:
     elif isinstance(node, list):
         for value in node:
             check_config(checkpoint, value, packages)
-    elif not isinstance(node, (str, int, float, bool, type(None))) or (isinstance(node, str) and "${" in node):
+    elif not isinstance(node, (str, int, float, bool, type(None))) or not _is_plain(node):
         raise CheckpointError(f"{checkpoint.path}: its config holds {node!r:.80}; expected plain numbers and strings")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value means itself to omegaconf, and can be written to a file."""
+    if not isinstance(value, str):
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return "${" not in value and value != "???"
 
 
 def _check_target(checkpoint: Checkpoint, target: str, packages: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from liplayers.certification import Certificates, CertifiedNetwork
 from liplayers.certification import certify as certify_network
@@ -18,7 +18,7 @@ from liplayers.certification import report as reports
 from liplayers.checkpoint import Checkpoint
 from liplayers.cli.configuration import build, check_config, plain
 from liplayers.data.base import DataModule
-from liplayers.errors import ConfigError, UnknownNameError
+from liplayers.errors import CheckpointError, ConfigError, UnknownNameError
 
 # what a checkpoint must not make a certification do: fetch or write files, change the inputs
 NOT_FOR_CERTIFYING: dict[str, Any] = {"download": False, "cache": None, "augment": []}
@@ -44,6 +44,8 @@ def certify_one(
     check_config(checkpoint, checkpoint.config, cfg.allow)
     data_config = _data_config(checkpoint, cfg)
     data = build(OmegaConf.create(data_config))
+    if not isinstance(data, DataModule):
+        raise CheckpointError(f"{checkpoint.path}: its config makes no data module; train again")
     data.setup()
     split = data.split(cfg.data.split)
     if tuple(data.class_names) != checkpoint.class_names:
@@ -53,6 +55,8 @@ def certify_one(
         )
     shape, classes = checkpoint.input_shape, len(checkpoint.class_names)
     model = build(OmegaConf.create(checkpoint.config["model"]), input_shape=shape, num_classes=classes)
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"{checkpoint.path}: its config makes no model; train again")
     checkpoint.load_into(model)
     with console.status("proving the bounds of the layers"):
         network = CertifiedNetwork(model, shape, classes, mode=cfg.mode, device=device, weights=weights)
@@ -89,7 +93,7 @@ def certify_one(
         "results": reports.summary(certificates, eps),
         "certificates_sha256": hashlib.sha256(reports.csv_text(certificates).encode()).hexdigest(),
     }
-    if data.scaling is not None and data.scaling.std is not None:
+    if data.scaling is not None and data.scaling.mean is not None and data.scaling.std is not None:
         report |= reports.original_units(
             data.scaling.names, data.scaling.mean, data.scaling.std, certificates.mean_radius
         )
