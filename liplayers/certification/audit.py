@@ -188,14 +188,7 @@ def audit(
     True
     """
     check_samples(model, inputs, labels, radius)
-    for e in eps:
-        if not (math.isfinite(e) and e >= 0):
-            raise ArgumentError(f"eps={e!r}; expected finite numbers ≥ 0")
-    rows = batches(len(inputs), batch_size, inputs.device)
-    with torch.no_grad():
-        logits = torch.cat([model(inputs[r]) for r in rows])
-    if margin_lipschitz.shape != (logits.shape[1],) * 2:
-        raise ShapeError(f"margin_lipschitz: {tuple(margin_lipschitz.shape)}; expected {(logits.shape[1],) * 2}")
+    logits = _logits(model, inputs, margin_lipschitz, eps, batch_size)
     prediction = logits.argmax(1)
     correct = (prediction == labels) & logits.isfinite().all(1)
     with _progress(console, stages=4 + len(METHODS) * len(eps)) as tick:
@@ -219,6 +212,20 @@ def audit(
         headroom=room,
         fallen=(*at_radius, *at_eps, *rounding),
     )
+
+
+def _logits(
+    model: nn.Module, inputs: Tensor, margin_lipschitz: Tensor, eps: Sequence[float], batch_size: int
+) -> Tensor:
+    """Of the inputs; raises where the other arguments do not fit them."""
+    for e in eps:
+        if not (math.isfinite(e) and e >= 0):
+            raise ArgumentError(f"eps={e!r}; expected finite numbers ≥ 0")
+    with torch.no_grad():
+        logits = torch.cat([model(inputs[r]) for r in batches(len(inputs), batch_size, inputs.device)])
+    if margin_lipschitz.shape != (logits.shape[1],) * 2:
+        raise ShapeError(f"margin_lipschitz: {tuple(margin_lipschitz.shape)}; expected {(logits.shape[1],) * 2}")
+    return logits
 
 
 def _attack_certified(subject: _Subject) -> tuple[Tensor, list[Refutation]]:
