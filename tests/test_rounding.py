@@ -187,7 +187,7 @@ def alone(compute: Callable[[Tensor], Tensor], bound: float = 1e9) -> tuple[Roun
         lambda x: torch.add(x, x.flip(2), alpha=1e4),
         lambda x: torch.sub(x, x.flip(2), alpha=-300.0),
         lambda x: torch.rsub(x, x.flip(2), alpha=1e4),
-        lambda x: torch.rsub(1e-4 * x, 1e4 * x.flip(2), alpha=1e4),
+        lambda x: torch.rsub(1e4 * x, 1e-4 * x.flip(2), alpha=1e4),
         lambda x: (x[:, :1].expand(-1, 4, -1) * 1.5).clone(),
         lambda x: torch.cat([x[:, :, :1].expand(-1, -1, 9), x], 2) / 3,
         lambda x: F.pad(x, (5, 5), "replicate") * 0.3,
