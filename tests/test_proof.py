@@ -699,3 +699,63 @@ def test_audits_of_figures_that_are_no_proofs_and_of_no_samples_are_refused(cert
     with pytest.raises(ConfigError, match="audit_samples=0"):
         audit(certified, tmp_path / "b", "audit_samples=0")
     assert not list(tmp_path.iterdir())
+
+
+# What a review found --------------------------------------------------------------------------------------------------
+
+
+def test_radii_too_small_for_relative_errors_are_zero():
+    """The factors of the formula pay for relative errors, which subnormal numbers do not have."""
+    logits = torch.tensor([[3e-308, 0.0], [3.0, 0.0]], dtype=F64)
+    constants = torch.tensor([[0.0, 2.0], [2.0, 0.0]], dtype=F64)
+    radius = certified_radius(logits, constants)
+    assert radius[0] == 0
+    assert 1.5 * (1 - 1e-14) < radius[1] < 1.5
+
+
+def test_modules_that_are_called_by_keyword_are_seen_with_their_shapes():
+    """One pool on images of two sizes: of the smaller ones it takes no average."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = nn.AdaptiveAvgPool2d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pool(x) + self.pool(input=x[:, :, :2, :2])
+
+    assert lp.lipschitz_bound(Twice(), (1, 16, 16)) >= 1.125
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config["model"].update(width="???"),
+        lambda config: config["model"].update(width="\ud800"),
+        lambda config: config["model"].update({("a", 1): 1}),
+        lambda config: config["model"].update(_partial_=True),
+        lambda config: config["model"].pop("_target_"),
+        lambda config: config["data"].update(_partial_=True),
+    ],
+    ids=range(6),
+)
+def test_a_hostile_config_in_a_checkpoint_is_one_line(folder: Path, change: Callable[[dict], Any]):
+    path = folder / "checkpoints/best.ckpt"
+    content = torch.load(path, weights_only=True)
+    change(content["liplayers"]["config"])
+    torch.save(content, path)
+    with pytest.raises(LipschitzError) as caught:
+        cli.certify(compose("certify", f"ckpt={path}", f"output={folder}/new"))
+    assert "\n" not in str(caught.value)
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize("change", [lambda t: t.to(torch.complex64), lambda t: None, lambda t: "weights"])
+def test_hostile_weights_in_a_checkpoint_are_one_line(folder: Path, change: Callable[[Tensor], Any]):
+    path = folder / "checkpoints/best.ckpt"
+    content = torch.load(path, weights_only=True)
+    name = next(name for name in content["state_dict"] if name.startswith("model."))
+    content["state_dict"][name] = change(content["state_dict"][name])
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match="is no tensor of the kind"):
+        cli.certify(compose("certify", f"ckpt={path}", f"output={folder}/new"))
