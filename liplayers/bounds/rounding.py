@@ -282,9 +282,8 @@ class _Run(TorchDispatchMode):
             return func(*args, **kwargs)
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         if func._schema.is_mutable and any(map(self.depends, tensors)) and not self.depends(args[0]):
-            self.set(
-                args[0], Value(_norm(args[0].as_strided((_entries(args[0]),), (1,), 0)))
-            )  # a constant that is written to; read before it is
+            whole = args[0].as_strided((_entries(args[0]),), (1,), 0)
+            self.set(args[0], Value(_norm(whole)))  # a constant that is written to; read before it is
         out = func(*args, **kwargs)
         if func.overloadpacket in FACTORIES:
             if func.overloadpacket in (aten.new_empty, aten.empty_like):  # to be filled in place
