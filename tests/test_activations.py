@@ -34,6 +34,47 @@ def householder(channels: int, *angles: float, dtype: torch.dtype = torch.float6
     return layer
 
 
+# MaxMin ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dim", [1, -1])
+def test_maxmin_has_the_derivatives_of_torchs_maximum_and_minimum_away_from_ties(shape: tuple[int, ...], dim: int):
+    def plain(x: Tensor) -> Tensor:
+        half = x.shape[dim] // 2
+        a, b = x.narrow(dim, 0, half), x.narrow(dim, half, half)
+        return torch.cat([a.maximum(b), a.minimum(b), x.narrow(dim, 2 * half, x.shape[dim] - 2 * half)], dim)
+
+    layer, x, v = lip.MaxMin(dim), randn(*shape).requires_grad_(), randn(*shape, seed=1)
+    assert torch.equal(layer(x), plain(x))
+    (ours,) = torch.autograd.grad(layer(x), x, v)
+    (theirs,) = torch.autograd.grad(plain(x), x, v)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.func.jvp(layer, (x,), (v,))[1], torch.func.jvp(plain, (x,), (v,))[1])
+    each = torch.func.vmap(torch.func.jacrev(lip.MaxMin(dim - (dim > 0))))
+    torch.testing.assert_close(each(x), torch.func.vmap(torch.func.jacrev(plain_of_one(plain)))(x))
+    assert torch.autograd.gradcheck(layer, x)
+    assert torch.autograd.gradgradcheck(layer, x)
+
+
+def plain_of_one(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: f(x[None])[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_derivative_of_maxmin_keeps_norms_at_ties_too(dtype: torch.dtype):
+    x = torch.tensor([1.0, 0.0, -2.0, 1.0, -0.0, 7.0], dtype=dtype)
+    J = torch.autograd.functional.jacobian(lip.MaxMin(0), x)
+    assert torch.equal(J @ J.mT, torch.eye(6, dtype=dtype))
+
+
+def test_maxmin_hands_on_what_is_not_finite_with_and_without_gradients():
+    x = torch.tensor([[math.nan, math.inf, 1.0, 2.0, -math.inf, math.nan]])
+    with_gradient = lip.MaxMin()(x.clone().requires_grad_())
+    torch.testing.assert_close(lip.MaxMin()(x), with_gradient.detach(), equal_nan=True, rtol=0, atol=0)
+    assert with_gradient.isnan().tolist() == [[True, False, True, True, False, True]]
+
+
 # Householder ----------------------------------------------------------------------------------------------------------
 
 

@@ -67,6 +67,24 @@ def test_maxmin_orders_the_halves_and_passes_the_odd_channel(channels: int):
     assert torch.equal(y[:, 2 * half :], x[:, 2 * half :])
 
 
+def test_maxmin_has_its_derivatives_in_every_mode():
+    x = randn(3, 5, 2).requires_grad_()
+    modes = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(lip.MaxMin(), x, **modes)
+    assert torch.autograd.gradgradcheck(lip.MaxMin(), x)
+    samples = x.detach()
+    torch.testing.assert_close(torch.func.vmap(lip.MaxMin(0))(samples), lip.MaxMin(1)(samples))
+
+
+def test_maxmin_keeps_channels_last():
+    x = randn(2, 6, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = lip.MaxMin()(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    y.square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("name", list(lip.ACTIVATIONS))
 def test_activations_by_name(name: str):
     activation = lip.get_activation(name)
