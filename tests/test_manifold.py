@@ -22,8 +22,16 @@ import liplayers as lip
 from liplayers import cli
 from liplayers.errors import ArgumentError, ShapeError
 from liplayers.layers.manifold import OrthogonalParameter, retract_
-from liplayers.linalg.stiefel import drift, near_isometry_bound, nearest_orthogonal, rotate, skew_gradient
-from liplayers.training import ManifoldAdamW, warmup_cosine
+from liplayers.linalg.stiefel import (
+    drift,
+    fast_polar_factor,
+    near_isometry_bound,
+    nearest_orthogonal,
+    rotate,
+    skew_gradient,
+    tangent,
+)
+from liplayers.training import Lookahead, ManifoldAdamW, ManifoldMuon, warmup_cosine
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ROUNDING = 1e-14  # of the measurement and of bounds in float64
@@ -412,6 +420,202 @@ def test_settings_out_of_range_are_refused_by_name(name: str, value: object):
     assert "\n" not in str(caught.value)
     with pytest.raises(ArgumentError, match="matrix"):
         ManifoldAdamW([OrthogonalParameter(torch.zeros(2, 3, 4))])
+
+
+# Muon -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 5), (3, 7), (6, 6), (2, 2)])
+def test_the_tangent_part_is_the_nearest_tangent_vector(m: int, n: int):
+    """The tangent space is {XA: A skew} for a wide X: a least squares problem in a basis of it."""
+    X, G = orthogonal(m, n), randn(m, n, seed=1)
+    T = tangent(X, G)
+    torch.testing.assert_close(T @ X.mT, -(T @ X.mT).mT, rtol=0, atol=1e-14)
+    units = [torch.zeros(n, n).double() for _ in range(n * (n - 1) // 2)]
+    for A, (i, j) in zip(units, combinations(range(n), 2), strict=True):
+        A[i, j], A[j, i] = 1, -1
+    if units:
+        basis = torch.stack([(X @ A).flatten() for A in units], 1).numpy()
+        expected = basis @ np.linalg.lstsq(basis, G.flatten().numpy(), rcond=None)[0]
+    else:
+        expected = np.zeros(m * n)
+    torch.testing.assert_close(T.flatten(), torch.from_numpy(expected), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 7), (6, 6), (40, 60)])
+def test_the_fast_polar_factor_keeps_directions_and_brings_values_near_one(m, n, scale, dtype, slack):
+    U, Vh = orthogonal(m, m), orthogonal(m, n, seed=1)
+    values = torch.linspace(0.3, 1, m).double()  # at least 4 % of ‖TTᵀ‖_F^½, which is at most m^¼ times the norm
+    found = fast_polar_factor((scale * (U * values) @ Vh).to(dtype)).double()
+    inner = U.mT @ found @ Vh.mT  # diagonal as the polynomials are odd
+    assert (inner.diagonal() - 1).abs().max() <= 0.098 + slack
+    assert norm(inner - inner.diagonal().diag()) <= slack
+    assert norm(found - U @ inner @ Vh) <= slack
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 8])
+def test_rounding_to_bfloat16_does_not_blow_up_the_fast_polar_factor(rank: int):
+    """The bound on the norm is tight for rank 1: values just above 1 would grow without limit."""
+    batch = randn(500, 8, rank) @ randn(500, rank, 12, seed=1)
+    norms = torch.linalg.matrix_norm(fast_polar_factor(batch.bfloat16()).double(), 2)
+    assert 0.85 < norms.min() <= norms.max() < 1.15
+
+
+def test_the_fast_polar_factor_never_lengthens_beyond_its_error_and_grows_small_values():
+    values = torch.logspace(-8, 0, 200).double()  # of one matrix: ‖TTᵀ‖_F^½ is the norm of the largest, nearly
+    scale = values.square().square().sum().sqrt().sqrt()
+    found = fast_polar_factor(values.diag()).diagonal()
+    assert found.max() <= 1.098
+    assert (found[values >= 0.034 * scale] >= 0.902).all()
+    assert (found >= 0.9 * values).all()
+    assert not fast_polar_factor(torch.zeros(2, 3)).any()
+    assert fast_polar_factor(torch.full((2, 2), math.nan)).isnan().all()
+
+
+@pytest.mark.parametrize(("m", "n"), [(4, 4), (3, 5), (5, 3)])
+def test_a_step_of_muon_turns_every_direction_by_the_learning_rate(m: int, n: int):
+    """Against scipy's polar factors, from a gradient whose tangent part has no small singular values."""
+    lr, W = 0.05, orthogonal(m, n)
+    layer = lip.ManifoldLinear(n, m, bias=False, dtype=torch.float64)
+    layer.raw.data.copy_(W)
+    X = W if m <= n else W.mT
+    layer.raw.grad = randn(m, n, seed=3)
+    G = layer.raw.grad if m <= n else layer.raw.grad.mT
+    ManifoldMuon([layer.raw], lr=lr, bfloat16=False).step()
+    M = G @ X.mT
+    T = (0.1 * 0.9 + 0.1) * (G - (M + M.mT) @ X / 2)  # Nesterov's mean of the gradient, at the first step
+    U, values, Vh = np.linalg.svd(T.numpy(), full_matrices=False)
+    found = layer.raw.detach() if m <= n else layer.raw.detach().mT
+    moved = torch.from_numpy(scipy.linalg.polar((X - lr * torch.from_numpy(U @ Vh)).numpy())[0])
+    kept = torch.from_numpy(U[:, values > 0.03 * values[0]])
+    torch.testing.assert_close(kept.mT @ (found - X), kept.mT @ (moved - X), rtol=0, atol=0.12 * lr)
+    assert norm(found - X) <= 1.5 * lr
+    assert drift(found) <= 10 * lr**2
+
+
+@pytest.mark.parametrize(("m", "n"), [(8, 8), (3, 8), (8, 3)])
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_muon_solves_the_procrustes_problem(m: int, n: int, bfloat16: bool):
+    x = np.linalg.qr(randn(40, n).numpy())[0] * math.sqrt(40)
+    target = torch.from_numpy(x @ orthogonal(m, n, seed=1).mT.numpy() + 0.3 * randn(40, m, seed=2).numpy())
+    layer = lip.ManifoldLinear(n, m, bias=False, dtype=torch.float64)
+    expected = torch.from_numpy(scipy.linalg.polar((target.mT @ torch.from_numpy(x)).numpy())[0])
+    with torch.no_grad():  # in the component of the solution, far from it
+        layer.raw.copy_(expected @ torch.from_numpy(scipy.linalg.expm(skew(n, 1.5).numpy())))
+    assert norm(layer.raw - expected) > 0.5
+    fit(layer, ManifoldMuon(layer.parameters(), lr=0.1, bfloat16=bfloat16), torch.from_numpy(x), target, 400)
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=0, atol=2e-2 if bfloat16 else 2e-3)
+
+
+@pytest.mark.parametrize("lr", [0.05, 0.5])
+def test_weights_stay_orthogonal_under_muon_and_the_bound_counts_what_is_left(lr: float):
+    torch.manual_seed(0)
+    layer, seen = lip.ManifoldLinear(12, 16), []
+    optimizer = ManifoldMuon(layer.parameters(), lr=lr)
+
+    def each() -> None:
+        assert norm(layer.raw) <= layer.lipschitz_bound() * (1 + ROUNDING)
+        assert norm(layer.raw) < 1 + 0.01 * lr  # even at the largest rate nothing but rounding grows
+        seen.append(drift(layer.raw).item())
+
+    fit(layer, optimizer, torch.randn(64, 12), torch.randn(64, 16), 300, each)
+    assert max(seen) < 12 * lr**2
+    assert seen[-1] < 1e-5  # the schedule has fallen to 0
+    optimizer.retract()
+    assert layer.lipschitz_bound() - 1 < 5e-7
+
+
+@pytest.mark.parametrize(("m", "n"), [(16, 16), (8, 16), (16, 8)])
+@pytest.mark.parametrize(("lr", "least"), [(0.1, 0.99), (0.5, 0.9)])
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_a_gradient_that_points_off_the_manifold_does_not_shrink_the_weight(m, n, lr, least, bfloat16):
+    """A loss of ‖W‖ alone is constant on the manifold: what is left of it is rounding, which must not be followed."""
+    layer = lip.ManifoldLinear(n, m, bias=False)
+    optimizer = ManifoldMuon(layer.parameters(), lr=lr, bfloat16=bfloat16)
+    for _ in range(60):
+        layer.raw.grad = layer.raw.detach().clone()
+        optimizer.step()
+        values = torch.linalg.svdvals(layer.raw.detach())
+        assert least < values.min() <= values.max() < 1.01
+
+
+def test_a_schedule_that_raises_the_angle_too_far_is_refused():
+    layer = lip.ManifoldLinear(3, 3)
+    optimizer = ManifoldMuon(layer.parameters(), lr=0.5)
+    optimizer.param_groups[0]["lr"] = 0.9
+    layer(torch.ones(3)).sum().backward()
+    with pytest.raises(ArgumentError, match=r"ManifoldMuon: lr=0\.9"):
+        optimizer.step()
+    with pytest.raises(ArgumentError, match=r"lr=0\.7"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "lr": 0.7})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_muon_with_half_precision_parameters_trains_and_resumes(dtype: torch.dtype):
+    layer = lip.ManifoldLinear(6, 4, dtype=dtype)
+
+    def train(layer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for i in range(5):
+            optimizer.zero_grad()
+            layer(randn(2, 6, seed=i).to(dtype)).square().sum().backward()
+            optimizer.step()
+
+    optimizer = ManifoldMuon(layer.parameters(), lr=0.05)
+    train(layer, optimizer)
+    other = copy.deepcopy(layer)
+    resumed = ManifoldMuon(other.parameters(), lr=0.05)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(layer, optimizer)
+    train(other, resumed)
+    assert torch.equal(layer.raw, other.raw)
+    assert 1 - 1e-2 < norm(layer.raw) <= layer.lipschitz_bound() < 1.05
+
+
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
+def test_training_with_muon_that_is_saved_and_resumed_is_the_same(how: str):
+    model = network()
+    optimizer = ManifoldMuon(model.parameters(), lr=0.05)
+    steps(model, optimizer, 0, 6)
+    if how == "state_dict":
+        other = network()
+        other.load_state_dict(model.state_dict())
+        resumed = ManifoldMuon(other.parameters(), lr=0.1)
+        resumed.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
+    else:
+        clone = copy.deepcopy if how == "deepcopy" else lambda pair: pickle.loads(pickle.dumps(pair))
+        other, resumed = clone((model, optimizer))
+    steps(model, optimizer, 6, 12)
+    steps(other, resumed, 6, 12)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_under_muon_other_parameters_get_torchs_adamw_at_their_share_of_the_rate():
+    ours, theirs = nn.Linear(4, 3), nn.Linear(4, 3)
+    theirs.load_state_dict(ours.state_dict())
+    settings = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    steps(ours, ManifoldMuon(ours.parameters(), lr=0.1, plain_ratio=0.3, **settings), 0, 8)
+    steps(theirs, torch.optim.AdamW(theirs.parameters(), lr=0.1 * 0.3, **settings), 0, 8)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_lookahead_retracts_what_muon_moved():
+    model = network()
+    optimizer = Lookahead(model.parameters(), lambda params, lr: ManifoldMuon(params, lr=lr), lr=0.3, every=4)
+    steps(model, optimizer, 0, 8)
+    assert max(drift(model[i].raw).item() for i in (0, 2, 3)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", 0.51), ("lr", -1.0), ("momentum", 1.0), ("momentum", "big"), ("plain_ratio", -1.0), ("bfloat16", 1)],
+)
+def test_settings_of_muon_out_of_range_are_refused_by_name(name: str, value: object):
+    with pytest.raises(ArgumentError, match=f"ManifoldMuon: {name}=") as caught:
+        ManifoldMuon([nn.Parameter(torch.zeros(2))], **{name: value})
+    assert "\n" not in str(caught.value)
 
 
 def test_the_commands_train_and_certify_with_it(tmp_path: Path):

@@ -1,9 +1,9 @@
 """Weights that are orthogonal because their optimiser keeps them so (the linear maps of LipNeXt, Hu et al. 2026,
 arXiv 2601.18513; no public code).
 
-The parameter is the weight: nothing is computed in the forward pass. `liplayers.training.ManifoldAdamW` moves such
-parameters along the manifold; any other optimiser leaves it. In both cases the layers measure how far the weight is
-from it and count that in their bound, so the bound is a proof whatever the optimiser did.
+The parameter is the weight: nothing is computed in the forward pass. `liplayers.training.ManifoldAdamW` and
+`ManifoldMuon` move such parameters along the manifold; any other optimiser leaves it. In all cases the layers measure
+how far the weight is from it and count that in their bound, so the bound is a proof whatever the optimiser did.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["ManifoldLinear", "OrthogonalParameter", "retract_"]
 class OrthogonalParameter(nn.Parameter):
     """A matrix that is meant to keep orthonormal rows (wide, square) or columns (tall).
 
-    Only the class tells it from other parameters: `liplayers.training.ManifoldAdamW` looks for it.
+    Only the class tells it from other parameters: the optimisers of `liplayers.training.manifold` look for it.
 
     >>> import copy
     >>> type(copy.deepcopy(OrthogonalParameter(torch.eye(2)))).__name__
@@ -71,7 +71,7 @@ class ManifoldModule(ParametrizedModule):
                 parameter.__class__ = OrthogonalParameter
 
     def retract_(self) -> None:
-        """Put the weights back on the manifold; `ManifoldAdamW` does so by itself at intervals."""
+        """Put the weights back on the manifold; `ManifoldAdamW` and `ManifoldMuon` do so by themselves."""
         for name in self.manifold_names:
             retract_(getattr(self, name))
 
@@ -79,12 +79,13 @@ class ManifoldModule(ParametrizedModule):
 class ManifoldLinear(ManifoldModule, LipschitzLinear):
     r"""Dense layer whose weight W is itself the parameter, orthogonal for as long as its optimiser keeps it so.
 
-    Rows are orthonormal where out_features ≤ in_features, columns otherwise, as long as `ManifoldAdamW` trains it;
-    any other optimiser leaves the manifold. `lipschitz_bound()` is √(1 + ‖G − I‖) with a proven bound on the norm, G
-    the Gram matrix of the weight that runs (or a bound of ‖W‖ itself where that is less): 1 up to rounding on the
-    manifold, larger off it, a proof everywhere. Supports every size. Signal gain at initialisation: 1, or √(out/in) on
-    average where out_features < in_features. Cost: that of nn.Linear; its optimiser's step multiplies out × in by
-    max × max matrices and keeps two of these, so that very wide layers are dear to train.
+    Rows are orthonormal where out_features ≤ in_features, columns otherwise, as long as `ManifoldAdamW` or
+    `ManifoldMuon` trains it; any other optimiser leaves the manifold. `lipschitz_bound()` is √(1 + ‖G − I‖) with a
+    proven bound on the norm, G the Gram matrix of the weight that runs (or a bound of ‖W‖ itself where that is
+    less): 1 up to rounding on the manifold, larger off it, a proof everywhere. Supports every size. Signal gain at
+    initialisation: 1, or √(out/in) on average where out_features < in_features. Cost: that of nn.Linear; its
+    optimiser's step multiplies out × in by max × max matrices and keeps two of these, so that very wide layers are
+    dear to train.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.

@@ -1,4 +1,4 @@
-"""Training: the Lightning module, callbacks, schedules, an optimiser."""
+"""Training: the Lightning module, callbacks, schedules, optimisers."""
 
 from liplayers.training.callbacks import EpsilonRamp as EpsilonRamp
 from liplayers.training.callbacks import ProgressBar as ProgressBar
@@ -7,6 +7,7 @@ from liplayers.training.callbacks import Throughput as Throughput
 from liplayers.training.callbacks import WeightEMA as WeightEMA
 from liplayers.training.lookahead import Lookahead as Lookahead
 from liplayers.training.manifold import ManifoldAdamW as ManifoldAdamW
+from liplayers.training.manifold import ManifoldMuon as ManifoldMuon
 from liplayers.training.module import CertifiedClassifier as CertifiedClassifier
 from liplayers.training.saving import SaveWithinEpoch as SaveWithinEpoch
 from liplayers.training.saving import WholeFileCheckpointIO as WholeFileCheckpointIO

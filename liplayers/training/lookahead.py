@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from liplayers.errors import ArgumentError
-from liplayers.training.manifold import ManifoldAdamW
+from liplayers.training.manifold import ManifoldOptimizer
 
 
 class Lookahead(Optimizer):
@@ -17,8 +17,8 @@ class Lookahead(Optimizer):
 
         φ ← φ + α·(θ − φ),   θ ← φ
 
-    The inner optimizer's moments are kept. Under `ManifoldAdamW` the orthogonal parameters are retracted afterwards,
-    since a mean of orthogonal matrices is none; a retraction costs as much as ten steps.
+    The inner optimizer's moments are kept. Under `ManifoldAdamW` or `ManifoldMuon` the orthogonal parameters are
+    retracted afterwards, since a mean of orthogonal matrices is none; it costs as much as ten steps.
 
     Args:
         params: parameters or groups of them.
@@ -67,7 +67,7 @@ class Lookahead(Optimizer):
         if self.steps % self.every == 0:
             for p, state in self.state.items():
                 p.copy_(state["slow"].lerp_(p, self.alpha))
-            if isinstance(self.inner, ManifoldAdamW):
+            if isinstance(self.inner, ManifoldOptimizer):
                 self.inner.retract()
         return loss
 

@@ -37,7 +37,9 @@ def _bound_moves(module: nn.Module) -> bool:
 class CertifiedClassifier(L.LightningModule):
     """Trains a classifier and logs, for each epoch, loss, clean accuracy, certified accuracy and mean margin.
 
-    The certified accuracies logged here come from float32 margins: they monitor the training and are no proof.
+    The certified accuracies logged here come from float32 margins: they monitor the training and are no proof. Those
+    of training batches take the last bound that was computed, at the start of the epoch or in a validation, unless the
+    loss needs that of every step or there is no validation split, so that they select the checkpoint.
 
     Args:
         model: ends in a linear head (`liplayers.split_head`), or certifies with √2·L.
@@ -82,6 +84,7 @@ class CertifiedClassifier(L.LightningModule):
         self.eps = tuple(eps)
         self.config = config
         self.channels_last = channels_last
+        self.selects_on_train = False
         self._refresh_bound()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,6 +96,7 @@ class CertifiedClassifier(L.LightningModule):
         self.bound_moves = any(_bound_moves(module) for module in self.model.modules() if module is not head)
 
     def on_train_start(self) -> None:
+        self.selects_on_train = not sum(self.trainer.num_val_batches)
         self._refresh_bound()
 
     def on_train_epoch_start(self) -> None:
@@ -115,14 +119,16 @@ class CertifiedClassifier(L.LightningModule):
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         inputs, labels = batch
-        if stage == "train" and self.bound_moves:
+        needs_constants = isinstance(self.loss, MarginLoss)
+        if stage == "train" and self.bound_moves and (needs_constants or self.selects_on_train):
             self._refresh_bound()
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         with cached():
             logits = self.model(inputs)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast may have made them bfloat16
             constants = self.split[0].margin_lipschitz(logits.shape[1]).to(logits.device)
-        extra = (constants,) if isinstance(self.loss, MarginLoss) else ()
+        extra = (constants,) if needs_constants else ()
         loss = self.loss(logits, labels, *extra)
         self._log_metrics(stage, loss.detach(), logits.detach().float(), labels, constants.detach().float())
         return loss
