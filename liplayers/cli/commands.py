@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import Any
 
 import hydra
@@ -25,8 +26,13 @@ def train_command() -> None:
     """`python train.py` and `liplayers-train`."""
     arguments = sys.argv[1:]
     resume = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), None)
-    if resume not in (None, "null") and not any(a.startswith(("output=", "hydra.run.dir=")) for a in arguments):
+    given = any(a.lstrip("+").startswith(("output=", "hydra.run.dir=", "hydra.sweep.dir=")) for a in arguments)
+    sweep = any(a == "-m" or (len(a) > 3 and "--multirun".startswith(a)) for a in arguments)
+    if resume not in (None, "null") and not given:
         sys.argv.append(f"output='{run_folder(resume)}'")  # a resumed run goes on in its own folder
+    elif sweep and not given:
+        # the default names the model and data of one job, which a sweep as a whole does not have
+        sys.argv.append(f"output=runs/sweep/{datetime.now():%Y-%m-%d_%H-%M-%S}")
     run("train", train)
 
 
