@@ -23,6 +23,7 @@ from liplayers.checkpoint import load_checkpoint
 from liplayers.cli.configuration import build
 from liplayers.cli.train import GROUPS
 from liplayers.errors import ArgumentError, CheckpointError, ConfigError, LipschitzError, OutputError, ShapeError
+from liplayers.training import CertifiedClassifier
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -433,6 +434,23 @@ def test_epsilon_ramp(tmp_path):
 
 def test_training_without_validation_split_selects_on_train(tmp_path):
     assert "best" in train(tmp_path, "data.val_fraction=0")
+
+
+@pytest.mark.parametrize("needed", ["data.val_fraction=0", "loss=emma"])
+def test_figures_that_select_or_train_take_the_bound_of_every_step(needed, tmp_path, monkeypatch):
+    """Adam takes these weights off their manifold within an epoch: the bound of its start would flatter them."""
+    log, seen = CertifiedClassifier._log_metrics, []
+
+    def compare_and_log(module, stage, loss, logits, labels, constants):
+        if stage == "train":
+            now = lp.split_head(module.model, module.input_shape).margin_lipschitz(logits.shape[1]).detach()
+            torch.testing.assert_close(constants, now.float())
+            seen.append(now.max().item())
+        log(module, stage, loss, logits, labels, constants)
+
+    monkeypatch.setattr(CertifiedClassifier, "_log_metrics", compare_and_log)
+    train(tmp_path, "model.linear=manifold", "optimizer.lr=0.03", needed)
+    assert max(seen) > 1.05 * min(seen)  # it moves
 
 
 @pytest.mark.parametrize("model", ["model=lipconvnet", "model=sllnet"])

@@ -94,9 +94,8 @@ class MaxMin(LipschitzModule):
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor)
         records = not traced and torch.is_grad_enabled() and x.requires_grad
         pair = _Sort2.apply(a, b) if records else _sort2(a, b)
-        return torch.cat(
-            [*pair, rest] if traced or rest.shape[self.dim] else pair, self.dim
-        )  # empty: not channels_last
+        # an empty part would undo the memory format channels_last
+        return torch.cat([*pair, rest] if traced or rest.shape[self.dim] else pair, self.dim)
 
     def lipschitz_bound(self) -> float:
         return 1.0

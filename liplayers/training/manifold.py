@@ -180,8 +180,6 @@ class ManifoldMuon(ManifoldOptimizer):
     is in between. Other parameters get AdamW. Matrices of one shape are moved together. Per matrix it keeps one of its
     shape, and a step takes 15 products of its size, all but one of them in bfloat16.
 
-    On MNIST four dense layers of 512 certify more after 9 epochs than CayleyLinear under Adam after 18.
-
     Args:
         params: parameters or groups of them.
         lr: about the angle of a turn, in radians, at most 0.5; 0.05 to 0.2 suit dense layers.
@@ -221,14 +219,17 @@ class ManifoldMuon(ManifoldOptimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
-        if group["lr"] > LARGEST_ANGLE:
-            raise ArgumentError(f"ManifoldMuon: lr={group['lr']!r}; expected at most {LARGEST_ANGLE}, in radians")
+        self._check_angle(group["lr"])
+
+    def _check_angle(self, lr: Any) -> None:
+        if lr > LARGEST_ANGLE:
+            raise ArgumentError(f"ManifoldMuon: lr={lr!r}; expected at most {LARGEST_ANGLE}, in radians")
 
     def _plain_lr(self, group: dict[str, Any]) -> Any:
         return group["lr"] * group["plain_ratio"]
 
     def _turn(self, group: dict[str, Any], stack: list[Tensor]) -> None:
-        self._check(group)  # a schedule may have raised the rate
+        self._check_angle(group["lr"])  # a schedule may have raised it
         beta, precise = group["momentum"], torch.promote_types(stack[0].dtype, torch.float32)
         for p in stack:
             if not self.state[p]:

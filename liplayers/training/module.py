@@ -84,7 +84,6 @@ class CertifiedClassifier(L.LightningModule):
         self.eps = tuple(eps)
         self.config = config
         self.channels_last = channels_last
-        self.selects_on_train = False
         self._refresh_bound()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,7 +95,6 @@ class CertifiedClassifier(L.LightningModule):
         self.bound_moves = any(_bound_moves(module) for module in self.model.modules() if module is not head)
 
     def on_train_start(self) -> None:
-        self.selects_on_train = not sum(self.trainer.num_val_batches)
         self._refresh_bound()
 
     def on_train_epoch_start(self) -> None:
@@ -120,7 +118,7 @@ class CertifiedClassifier(L.LightningModule):
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         inputs, labels = batch
         needs_constants = isinstance(self.loss, MarginLoss)
-        if stage == "train" and self.bound_moves and (needs_constants or self.selects_on_train):
+        if stage == "train" and self.bound_moves and (needs_constants or not sum(self.trainer.num_val_batches)):
             self._refresh_bound()
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
