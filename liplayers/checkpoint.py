@@ -51,6 +51,7 @@ class Checkpoint:
     input_shape: tuple[int, ...]
     class_names: tuple[str, ...]
     epoch: int
+    global_step: int
     state_dict: dict[str, Tensor]
 
     def load_into(self, model: nn.Module) -> None:
@@ -94,6 +95,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             input_shape=tuple(int(n) for n in entry["input_shape"]),
             class_names=tuple(str(name) for name in entry["class_names"]),
             epoch=int(content.get("epoch", -1)),
+            global_step=int(content.get("global_step", -1)),
             state_dict={k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)},
         )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:

@@ -487,6 +487,14 @@ def test_rand_augment_gives_each_image_one_of_the_operations_and_all_occur(chann
     assert RandAugment(num_ops=3)(got[:5], seeded(0)).shape == (5, channels, 9, 9)
 
 
+def test_rand_augment_applies_a_share_p_of_the_operations() -> None:
+    image = torch.rand(3, 9, 9, generator=seeded(1))
+    images = image.expand(2000, -1, -1, -1)
+    for p, unchanged in ((0.0, 1.0), (0.5, 0.5 + 0.5 * 2 / 28), (1.0, 2 / 28)):  # 2 of 28 are the identity
+        got = RandAugment(num_ops=1, magnitude=0.37, p=p)(images, seeded(2))
+        assert abs((got == image).all((1, 2, 3)).double().mean() - unchanged) < 0.04
+
+
 @pytest.mark.parametrize("module", [ColorJitter(0.4, 0.4, 0.4), RandAugment(2, 1.0)], ids=["jitter", "rand"])
 def test_colour_augmentation_keeps_the_range_repeats_and_differs_between_images(module: nn.Module) -> None:
     images = torch.rand(1, 3, 8, 8).expand(64, -1, -1, -1)
@@ -507,6 +515,7 @@ def test_colour_augmentation_keeps_the_range_repeats_and_differs_between_images(
         (lambda: RandAugment(num_ops=0), "num_ops"),
         (lambda: RandAugment(num_ops=1.5), "num_ops"),
         (lambda: RandAugment(magnitude=9), "magnitude"),
+        (lambda: RandAugment(p=1.5), "p must"),
     ],
 )
 def test_colour_augmentation_names_a_bad_argument(make: Callable[[], object], named: str) -> None:

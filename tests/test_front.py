@@ -126,6 +126,25 @@ def test_only_settings_that_differ_are_columns(tmp_path):
     assert set(shown(tmp_path)) == {"run", "front", "val/accuracy", f"val/{CERTIFIED}", "loss.epsilon"}
 
 
+def test_a_setting_named_like_a_column_has_another_name(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), [(0.9, 0.5)], run=f"try {seed}", front=seed)
+    table = shown(tmp_path)
+    assert set(table) == {"run", "front", "val/accuracy", f"val/{CERTIFIED}", "setting.run", "setting.front"}
+    assert table["run"].tolist() == ["0", "1"]
+    assert table["setting.run"].tolist() == ["try 0", "try 1"]
+
+
+def test_folders_whose_names_are_no_utf8(tmp_path, capsys):
+    sweep = tmp_path / "sweep\udcff"
+    write_run(sweep / "a\udcfe", [(0.9, 0.5)])
+    (sweep / "b\udcfe").mkdir()
+    (sweep / "b\udcfe/config.yaml").touch()
+    assert shown(sweep)["run"].tolist() == ["a?"]
+    (line,) = left_out(capsys)
+    assert "b?" in line
+
+
 def test_another_part_is_one_column_and_its_own_settings_are_none():
     offset = {"loss": "OffsetCrossEntropy", "loss.offset": "1", "loss.temperature": "0.25"}
     emma = {"loss": "EMMA", "loss.epsilon": "0.5"}

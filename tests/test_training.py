@@ -188,6 +188,17 @@ def test_resume_that_cannot_go_on_changes_nothing(override, said, tmp_path, monk
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("limits", [(), ("trainer.max_epochs=-1", "trainer.max_steps=3")])
+def test_resume_of_a_finished_run_says_so(limits, tmp_path, capsys):
+    train(tmp_path / "run", *limits)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    trained = load_checkpoint(last)
+    assert "nothing was left" not in capsys.readouterr().out
+    cli.train(compose("train", f"output={tmp_path}/run", f"resume={last}"))
+    assert f"nothing was left to train: {last} has reached" in capsys.readouterr().out
+    assert load_checkpoint(last).global_step == trained.global_step
+
+
 def test_resume_from_python_goes_on(tmp_path):
     train(tmp_path / "run")
     last = tmp_path / "run/checkpoints/last.ckpt"

@@ -211,14 +211,15 @@ def compare(runs: Sequence[Run], eps: str) -> Front:
     """The front of runs that have recorded the same split and this radius."""
     split = runs[0].split
     clean, certified = f"{split}/accuracy", f"{split}/{certified_name(parse_radius(eps))}"
-    settings = differing([run.settings for run in runs])
+    own = {"run", "front", clean, certified}  # a setting of such a name is shown as setting.run
+    settings = {f"setting.{key}" if key in own else key: key for key in differing([run.settings for run in runs])}
     points = np.array([[run.metrics[name.partition("/")[2]] for name in (clean, certified)] for run in runs])
     columns = {"run": [run.name for run in runs], "front": non_dominated(points), clean: points[:, 0]}
     columns |= {certified: points[:, 1]} | {
-        key: pd.Series([run.settings.get(key) for run in runs], dtype=object) for key in settings
+        shown: pd.Series([run.settings.get(key) for run in runs], dtype=object) for shown, key in settings.items()
     }
     table = pd.DataFrame(columns).sort_values([certified, clean], ascending=False, kind="stable", ignore_index=True)
-    return Front(split, eps, settings, clean, certified, table)
+    return Front(split, eps, list(settings), clean, certified, table)
 
 
 def cells(front: Front) -> list[list[str]]:
@@ -317,7 +318,7 @@ def sweep_front(folder: Path, eps: str | None) -> Front:
     runs = []
     for path in run_folders(folder):
         try:
-            runs.append(read_run(path, path.relative_to(folder).as_posix()))
+            runs.append(read_run(path, _printable(path.relative_to(folder).as_posix())))
         except DataError as error:
             _leave_out(str(error))
     if not runs:
@@ -336,8 +337,13 @@ def sweep_front(folder: Path, eps: str | None) -> Front:
     return compare(compared, eps)
 
 
+def _printable(text: object) -> str:
+    """With a question mark for each byte of a file's name that is no UTF-8."""
+    return str(text).encode("utf-8", "replace").decode("utf-8")
+
+
 def _leave_out(reason: str) -> None:
-    console.print(f"left out: {reason}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"left out: {_printable(reason)}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _radius(runs: Sequence[Run], eps: str | None) -> str:
@@ -365,7 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         front = sweep_front(options.folder, options.eps)
-        title = f"{options.folder.resolve().name}: clean against certified accuracy"
+        title = f"{_printable(options.folder.resolve().name)}: clean against certified accuracy"
         console.print(rich_table(front, title))
         files = {
             "front.csv": lambda path: front.table.to_csv(path, index=False),
@@ -373,9 +379,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "front.png": figure_writer(front_figure(front, title)),
         }
         for path in write_outputs(options.folder, files):
-            console.print(str(path), soft_wrap=True, highlight=False, markup=False)
+            console.print(_printable(path), soft_wrap=True, highlight=False, markup=False)
     except LipschitzError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {_printable(one_line(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -75,8 +75,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if cfg.compile:
         module.model.compile()
     _try_optimizer(module)
-    if cfg.resume is not None:
-        _check_resumable(load_checkpoint(cfg.resume), module, cfg.trainer.max_epochs)
+    begun = None if cfg.resume is None else load_checkpoint(cfg.resume)
+    if begun is not None:
+        _check_resumable(begun, module, cfg.trainer.max_epochs)
     stage = "val" if data.has_validation else "train"  # without a validation split the training samples select
     monitor = f"{stage}/{certified_name(select)}"
     best = ModelCheckpoint(output / "checkpoints", "best", monitor=monitor, mode="max", enable_version_counter=False)
@@ -85,6 +86,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     with _Writing(output):
         _begin(output, module, data.name, monitor)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.resume, weights_only=True)
+    if begun is not None and trainer.global_step == begun.global_step:
+        limits = f"trainer.max_epochs={cfg.trainer.max_epochs}, trainer.max_steps={cfg.trainer.max_steps}"
+        _say(f"nothing was left to train: {begun.path} has reached {limits}; set it higher to go on")
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if best.best_model_score is not None:
         metrics["best"] = float(best.best_model_score)

@@ -24,6 +24,11 @@ def _check_batch(images: Tensor, where: str) -> None:
         raise ShapeError(f"{where}: expected a batch (N, C, H, W), got shape {tuple(images.shape)}")
 
 
+def _check_probability(p: float, where: str) -> None:
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
+        raise ArgumentError(f"{where}: p must be a probability within [0, 1], got {p!r}")
+
+
 class RandomShift(nn.Module):
     """Shifts each image by up to `padding` pixels along each axis; what moves in is zero.
 
@@ -85,8 +90,7 @@ class RandomHorizontalFlip(nn.Module):
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
-            raise ArgumentError(f"RandomHorizontalFlip: p must be a probability within [0, 1], got {p!r}")
+        _check_probability(p, "RandomHorizontalFlip")
         self.p = float(p)
 
     def forward(self, images: Tensor, generator: Generator | None = None) -> Tensor:
@@ -203,6 +207,7 @@ class RandAugment(nn.Module):
     Args:
         num_ops: operations one after the other, at least 1.
         magnitude: m within [0, 1].
+        p: the probability with which a drawn operation is applied.
 
     Raises:
         ArgumentError: an argument out of range.
@@ -215,20 +220,23 @@ class RandAugment(nn.Module):
     torch.Size([4, 3, 8, 8])
     """
 
-    def __init__(self, num_ops: int = 2, magnitude: float = 0.3) -> None:
+    def __init__(self, num_ops: int = 2, magnitude: float = 0.3, p: float = 1.0) -> None:
         super().__init__()
         if isinstance(num_ops, bool) or not isinstance(num_ops, int) or num_ops < 1:
             raise ArgumentError(f"RandAugment: num_ops must be an integer of at least 1, got {num_ops!r}")
         if isinstance(magnitude, bool) or not isinstance(magnitude, int | float) or not 0 <= magnitude <= 1:
             raise ArgumentError(f"RandAugment: magnitude must be a number within [0, 1], got {magnitude!r}")
-        self.num_ops, self.magnitude = num_ops, float(magnitude)
+        _check_probability(p, "RandAugment")
+        self.num_ops, self.magnitude, self.p = num_ops, float(magnitude), float(p)
 
     def forward(self, images: Tensor, generator: Generator | None = None) -> Tensor:
         _check_colours(images, "RandAugment")
         choices = [change for sign in (1, -1) for change in _operations(sign * self.magnitude)]
         size = (self.num_ops, len(images))
-        drawn = torch.randint(len(choices), size, generator=generator, device=_draw_device(images, generator)).cpu()
-        for choice in drawn:
+        device = _draw_device(images, generator)
+        drawn = torch.randint(len(choices), size, generator=generator, device=device)
+        applied = torch.rand(size, generator=generator, device=device) < self.p
+        for choice in torch.where(applied, drawn, 0).cpu():  # 0 is the identity
             changed = images.clone()
             for number in choice.unique().tolist():
                 rows = (choice == number).nonzero()[:, 0].to(images.device)
@@ -237,4 +245,4 @@ class RandAugment(nn.Module):
         return images
 
     def extra_repr(self) -> str:
-        return f"num_ops={self.num_ops}, magnitude={self.magnitude}"
+        return f"num_ops={self.num_ops}, magnitude={self.magnitude}, p={self.p}"
