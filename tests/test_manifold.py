@@ -424,6 +424,20 @@ def test_settings_out_of_range_are_refused_by_name(name: str, value: object):
         ManifoldAdamW([OrthogonalParameter(torch.zeros(2, 3, 4))])
 
 
+@pytest.mark.parametrize(("m", "n"), [(4, 4), (3, 5), (5, 3)])
+def test_identity_init_keeps_the_first_features(m: int, n: int):
+    layer, x = lip.ManifoldLinear(n, m, init="identity"), randn(2, n).float()
+    k = min(m, n)
+    assert torch.equal(layer(x), torch.cat([x[:, :k], torch.zeros(2, m - k)], 1))
+    assert layer.lipschitz_bound() == 1
+    assert layer.raw.requires_grad
+
+
+def test_unknown_init_is_refused():
+    with pytest.raises(ArgumentError, match="ManifoldLinear: init='eye'; expected 'orthogonal' or 'identity'"):
+        lip.ManifoldLinear(3, 3, init="eye")
+
+
 # Muon -----------------------------------------------------------------------------------------------------------------
 
 

@@ -111,6 +111,10 @@ def test_bronet_takes_every_convolution(conv: str):
     check_network(bronet(IMAGE, 3, conv=conv, channels=4, depth=2, width=6, dense=1))
 
 
+def test_bronet_may_begin_with_residual_blocks():
+    check_network(bronet(IMAGE, 3, blocks=1, channels=4, depth=1, width=6, dense=1))
+
+
 @pytest.mark.parametrize("block", CONV_BLOCKS)
 def test_liresnet_takes_every_block(block: str):
     check_network(liresnet(IMAGE, 3, block=block, channels=4, depth=2, width=6, dense=1))
@@ -213,6 +217,8 @@ def test_bronet_l_and_liresnet_share_all_but_the_backbone():
     assert parameters(lambda: liresnet((3, 32, 32), 10)) == around + 12 * (512 * 512 * 9 + 512)
     ranks = parameters(lambda: bronet((3, 32, 32), 10, rank_ratio=0.125))
     assert ranks == around + 12 * (512 * 64 * 9 + 512)
+    hybrid = parameters(lambda: bronet((3, 32, 32), 10, blocks=6, depth=8))
+    assert hybrid == around + 6 * (512 * 512 * 9 + 512) + 8 * (512 * 256 * 9 + 512)
 
 
 @pytest.mark.parametrize("kept", [16, 32, 48])
@@ -274,6 +280,7 @@ def test_lipconvnet_n_has_n_convolutions_and_1024_features(n: int):
         (aolnet, {"patch_size": 8, "patch_features": 2}, "2 features for 3 classes"),
         (bronet, {"depth": 0}, "depth=0"),
         (bronet, {"dense": -1}, "dense=-1"),
+        (bronet, {"blocks": -1}, "blocks=-1"),
         (bronet, {"stem_patch": 9}, "stem_patch=9"),
         (bronet, {"stem_patch": 0}, "stem_patch=0"),
         (bronet, {"rank_ratio": 2.0}, "rank_ratio=2.0"),

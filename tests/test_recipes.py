@@ -23,6 +23,7 @@ SMALL = {
     "channels": 8,
     "width": 16,
     "depth": 2,
+    "blocks": 1,
     "dense": 1,
     "layers": 1,
     "convs_per_block": 1,
@@ -50,7 +51,7 @@ def reduced(cfg: DictConfig) -> list[str]:
     return [f"model.{key}={value}" for key, value in SMALL.items() if cfg.model.get(key) is not None]
 
 
-def images(seed: int, count: int = 20) -> tuple[np.ndarray, np.ndarray]:
+def images(seed: int, count: int = 60) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(seed)
     return generator.integers(0, 256, (count, 3, 16, 16), np.uint8), np.arange(count) % 3
 

@@ -586,6 +586,8 @@ CHANGES = {
     "target in a tuple": target("numpy.savetxt", "tuple"),
     "target by interpolation": target("numpy.savetxt", "interpolation"),
     "hidden target": target("liplayers.data.folder.hashlib.sha256"),
+    "a function of ours that writes": target("liplayers.export_onnx"),
+    "a function among the layers": target("liplayers.layers.get_layer"),
     "foreign name in our module": target("liplayers.data.base.inspect"),
     "target of a loss": target("numpy.savetxt", "loss"),
 }
@@ -635,6 +637,13 @@ def test_bad_checkpoints_are_named_and_run_no_code(kind, ckpt, tmp_path):
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "mark").exists()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layer", ["liplayers.ManifoldLinear", "liplayers.layers.CayleyLinear"])
+def test_a_config_may_name_a_layer_itself(layer, tmp_path):
+    train(tmp_path / "run", f"model.linear={{_target_:{layer},_partial_:true}}")
+    (result,) = certify(f"ckpt={tmp_path}/run/checkpoints/best.ckpt").values()
+    assert 0 <= result["clean_accuracy"] <= 1
 
 
 def npz_run(tmp_path: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
 
 import liplayers
 from liplayers.certification import parse_radius
@@ -18,6 +19,7 @@ from liplayers.errors import ArgumentError, CheckpointError, ConfigError, Lipsch
 
 # the packages whose public names a checkpoint's config may call
 TRUSTED = ("liplayers.models", "liplayers.data", "liplayers.losses", "liplayers.training", "torch.optim", "lightning")
+LAYERS = ("liplayers", "liplayers.layers")  # where a config may name a layer; of these packages nothing else
 
 
 def config_folder() -> Path:
@@ -89,9 +91,13 @@ def _check_target(checkpoint: Checkpoint, target: str, packages: Sequence[str]) 
     if target.split(".")[0] in packages:
         return
     module, _, name = target.rpartition(".")
-    if module in TRUSTED:
+    if module in (*TRUSTED, *LAYERS):
         found = getattr(importlib.import_module(module), name, None)
-        if callable(found) and getattr(found, "__module__", "").startswith(module):
+        origin = getattr(found, "__module__", "")
+        if module in TRUSTED and callable(found) and origin.startswith(module):
+            return
+        is_layer = isinstance(found, type) and issubclass(found, nn.Module)
+        if module in LAYERS and is_layer and origin.startswith("liplayers.layers."):
             return
     raise CheckpointError(
         f"{checkpoint.path}: its config calls {target!r}, which is no part of liplayers; "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liplayers.errors import ArgumentError
 from liplayers.layers.base import LipschitzLinear, ParametrizedModule
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.stiefel import near_isometry_bound, nearest_orthogonal
@@ -89,19 +90,36 @@ class ManifoldLinear(ManifoldModule, LipschitzLinear):
 
     Args:
         in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
+        init: "orthogonal", a random frame, or "identity", which keeps the first features and appends zeros: deep
+            stacks then begin as shallow networks, and fit faster.
 
     Shape:
         (*, in_features) → (*, out_features).
 
     Raises:
-        ArgumentError: sizes that are not positive integers.
+        ArgumentError: sizes that are not positive integers, an unknown init.
 
     Source: Hu et al. 2026, arXiv 2601.18513.
 
     >>> layer = ManifoldLinear(8, 5)
     >>> layer.weight is layer.raw, layer.lipschitz_bound() < 1 + 1e-6
     (True, True)
+    >>> ManifoldLinear(2, 3, bias=False, init="identity")(torch.tensor([5.0, 7.0])).tolist()
+    [5.0, 7.0, 0.0]
     """
+
+    def __init__(self, *args: Any, init: str = "orthogonal", **kwargs: Any) -> None:
+        if init not in ("orthogonal", "identity"):
+            raise ArgumentError(f"ManifoldLinear: init={init!r}; expected 'orthogonal' or 'identity'")
+        nn.Module.__init__(self)
+        self.init = init
+        super().__init__(*args, **kwargs)
+
+    def reset_parameters(self) -> None:
+        """A random frame or the identity, no bias."""
+        super().reset_parameters()
+        if self.init == "identity":
+            nn.init.eye_(self.raw)
 
     def map_weight(self, raw: Tensor) -> Tensor:
         return raw

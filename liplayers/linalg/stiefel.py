@@ -83,7 +83,7 @@ def tangent(X: Tensor, G: Tensor) -> Tensor:
             [ 1.,  0.,  9.]])
     """
     M = G @ X.mT
-    return G - (M + M.mT) @ X / 2
+    return G - (M + X @ G.mT) @ X / 2
 
 
 def fast_polar_factor(T: Tensor) -> Tensor:

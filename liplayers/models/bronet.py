@@ -36,6 +36,7 @@ def bronet(
     patch: LayerChoice = "cholesky",
     linear: LayerChoice = "cholesky",
     channels: int = 512,
+    blocks: int = 0,
     depth: int = 12,
     width: int = 2048,
     dense: int = 8,
@@ -46,7 +47,7 @@ def bronet(
 ) -> nn.Sequential:
     """Stem, `depth` 3 × 3 convolutions, each after centring, a convolution of patches 4 × 4, dense layers, head.
 
-    The defaults are BRONet-L on CIFAR (68.8M parameters).
+    Residual blocks may come before the convolutions. The defaults are BRONet-L on CIFAR (68.8M parameters).
 
     Args:
         input_shape: (channels, height, width) of one image.
@@ -56,6 +57,7 @@ def bronet(
         patch: of the convolution of stride 4 after the backbone.
         linear: of the dense layers.
         channels: of the backbone.
+        blocks: LiResNet's, with an activation after each, before the convolutions, as in the hybrid for ImageNet.
         depth: convolutions in the backbone.
         width, dense: size of the dense layers, and how many follow the first.
         stem_patch: None, or the size of the patches of a stem with kernel = stride, as for ImageNet.
@@ -72,12 +74,13 @@ def bronet(
     """
     image = image_shape(input_shape)
     check_positive(bronet, channels=channels, depth=depth, width=width, num_classes=num_classes)
-    check_not_negative(bronet, dense=dense)
+    check_not_negative(bronet, dense=dense, blocks=blocks)
     layer = get_layer(conv, "conv")
     options: dict[str, Any] = {} if rank_ratio is None else {"rank_ratio": rank_ratio}
-    backbone: list[nn.Module] = []
-    for _ in range(depth):
-        backbone += [Centring(channels), layer(channels, channels, 3, padding=1, **options), get_activation(activation)]
+    residual = get_layer("liresnet", "conv_block")
+    maps = [residual(channels) for _ in range(blocks)]
+    maps += [layer(channels, channels, 3, padding=1, **options) for _ in range(depth)]
+    backbone = [module for each in maps for module in (Centring(channels), each, get_activation(activation))]
     body = around_backbone(
         image,
         backbone,

@@ -231,19 +231,26 @@ class ManifoldMuon(ManifoldOptimizer):
     def _turn(self, group: dict[str, Any], stack: list[Tensor]) -> None:
         self._check_angle(group["lr"])  # a schedule may have raised it
         beta, precise = group["momentum"], torch.promote_types(stack[0].dtype, torch.float32)
+        rough = torch.bfloat16 if group["bfloat16"] else precise
+        frame, G = (
+            torch.stack([_wide(p).to(rough) for p in tensors]) for tensors in (stack, self._nesterov(stack, beta))
+        )
+        U = tangent(frame, fast_polar_factor(tangent(frame, G)))
+        for p, turn in zip(stack, U, strict=True):
+            X = _wide(p).to(precise)  # the parameter itself, unless it is of half precision
+            X.sub_(turn, alpha=group["lr"])
+            excess = minus_identity_(X @ X.mT).to(rough)  # small, so that what it is multiplied by need not be exact
+            X.sub_(excess @ X.to(rough), alpha=0.5)
+            if X.dtype != p.dtype:
+                _wide(p).copy_(X)
+
+    def _nesterov(self, stack: list[Tensor], beta: float) -> Iterator[Tensor]:
+        """Each gradient, moved by β to its mean, which takes it up first."""
         for p in stack:
             if not self.state[p]:
                 self.state[p] = {"momentum": torch.zeros_like(p)}
-            self.state[p]["momentum"].lerp_(p.grad, 1 - beta)  # type: ignore[arg-type]
-        X = torch.stack([_wide(p) for p in stack]).to(precise)
-        G = torch.stack([_wide(p.grad) for p in stack]).to(precise)  # type: ignore[arg-type]
-        G = G.lerp_(torch.stack([_wide(self.state[p]["momentum"]) for p in stack]).to(precise), beta)
-        rough = torch.bfloat16 if group["bfloat16"] else precise
-        frame = X.to(rough)
-        U = tangent(frame, fast_polar_factor(tangent(frame, G.to(rough))))
-        X = X.sub_(U.to(precise), alpha=group["lr"])
-        excess = minus_identity_(X @ X.mT).to(rough)  # small, so that what it is multiplied by need not be exact
-        _write(stack, X.sub_((excess @ X.to(rough)).to(precise), alpha=0.5))
+            mean = self.state[p]["momentum"].lerp_(p.grad, 1 - beta)  # type: ignore[arg-type]
+            yield torch.lerp(p.grad, mean, beta)  # type: ignore[arg-type]
 
 
 def _wide(X: Tensor) -> Tensor:
