@@ -57,6 +57,8 @@ class Checkpoint:
     def load_into(self, model: nn.Module) -> None:
         """Copy the tensors into `model`, built from this checkpoint's config."""
         own = model.state_dict()
+        if any(tensor.is_meta for tensor in own.values()):
+            raise CheckpointError(f"{self.path}: its config builds a model on the meta device, without values")
         for name, tensor in self.state_dict.items():
             if not isinstance(tensor, Tensor) or (name in own and tensor.is_complex() != own[name].is_complex()):
                 raise CheckpointError(f"{self.path}: {name} is no tensor of the kind that its model has")

@@ -128,9 +128,10 @@ def test_only_settings_that_differ_are_columns(tmp_path):
 
 def test_a_setting_named_like_a_column_has_another_name(tmp_path):
     for seed in (0, 1):
-        write_run(tmp_path / str(seed), [(0.9, 0.5)], run=f"try {seed}", front=seed)
+        write_run(tmp_path / str(seed), [(0.9, 0.5)], run=f"try {seed}", setting={"run": seed})
     table = shown(tmp_path)
-    assert set(table) == {"run", "front", "val/accuracy", f"val/{CERTIFIED}", "setting.run", "setting.front"}
+    settings = {"setting.run", "setting.setting.run"}
+    assert set(table) == {"run", "front", "val/accuracy", f"val/{CERTIFIED}", *settings}
     assert table["run"].tolist() == ["0", "1"]
     assert table["setting.run"].tolist() == ["try 0", "try 1"]
 
@@ -140,9 +141,12 @@ def test_folders_whose_names_are_no_utf8(tmp_path, capsys):
     write_run(sweep / "a\udcfe", [(0.9, 0.5)])
     (sweep / "b\udcfe").mkdir()
     (sweep / "b\udcfe/config.yaml").touch()
-    assert shown(sweep)["run"].tolist() == ["a?"]
+    write_run(sweep / "a\udcfd", [(0.8, 0.4)], note="\udcfc")
+    table = shown(sweep)
+    assert table["run"].tolist() == ["a\\udcfe", "a\\udcfd"]
+    assert table["note"].tolist()[1] == "\\udcfc"
     (line,) = left_out(capsys)
-    assert "b?" in line
+    assert "b\\udcfe" in line
 
 
 def test_another_part_is_one_column_and_its_own_settings_are_none():

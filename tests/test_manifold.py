@@ -511,6 +511,23 @@ def test_a_step_of_muon_turns_every_direction_by_the_learning_rate(m: int, n: in
     assert drift(found) <= 10 * lr**2
 
 
+@pytest.mark.parametrize(("m", "n"), [(6, 6), (4, 6), (6, 4)])
+def test_muon_moves_a_parameter_of_any_layout_alike(m: int, n: int):
+    """In memory the parameter and its gradient may be transposed; the step writes into it in place."""
+    W, gradients, ends = orthogonal(m, n).float(), [randn(m, n, seed=s).float() for s in range(3)], []
+    for transposed, gradient_transposed in [(False, False), (True, False), (False, True), (True, True)]:
+        layer = lip.ManifoldLinear(n, m, bias=False)
+        layer.raw.data = W.mT.contiguous().mT if transposed else W.clone()
+        optimizer = ManifoldMuon(layer.parameters(), lr=0.2, bfloat16=False)
+        for G in gradients:
+            layer.raw.grad = G.mT.contiguous().mT if gradient_transposed else G.clone()
+            optimizer.step()
+        assert norm(layer.raw.detach().double() - W.double()) > 0.1
+        ends.append(layer.raw.detach())
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("m", "n"), [(8, 8), (3, 8), (8, 3)])
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_muon_solves_the_procrustes_problem(m: int, n: int, bfloat16: bool):

@@ -48,7 +48,7 @@ def compose(*overrides: str) -> DictConfig:
 
 def reduced(cfg: DictConfig) -> list[str]:
     """Overrides that make the model of a config small."""
-    return [f"model.{key}={value}" for key, value in SMALL.items() if cfg.model.get(key) is not None]
+    return [f"model.{key}={value}" for key, value in SMALL.items() if cfg.model.get(key)]
 
 
 def images(seed: int, count: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -106,6 +106,21 @@ def test_recipes_have_the_published_number_of_parameters(experiment: str, millio
     with torch.device("meta"):
         model = build(compose(f"experiment={experiment}").model, input_shape=(3, 32, 32), num_classes=10)
     assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - millions) < 1
+
+
+@pytest.mark.parametrize(
+    ("experiment", "decay", "blocks", "depth"),
+    [("bronet_cifar10", 4e-5, 0, 12), ("bronet_tiny_imagenet", 4e-5, 0, 6), ("bronet_imagenet", 0.0, 6, 8)],
+)
+def test_bronets_settings_arrive_where_they_are_used(experiment: str, decay: float, blocks: int, depth: int):
+    cfg = compose(f"experiment={experiment}")
+    assert (cfg.model.blocks, cfg.model.depth) == (blocks, depth)
+    optimizer = build(cfg.optimizer)([torch.nn.Parameter(torch.zeros(1))])
+    assert isinstance(optimizer.inner, torch.optim.NAdam)
+    assert [group["weight_decay"] for group in optimizer.inner.param_groups] == [decay]
+    augment = [build(part) for part in cfg.data.augment]
+    assert [type(part).__name__ for part in augment] == ["RandomShift", "RandomHorizontalFlip", "RandAugment"]
+    assert augment[-1].p == 0.5
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

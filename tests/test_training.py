@@ -188,14 +188,21 @@ def test_resume_that_cannot_go_on_changes_nothing(override, said, tmp_path, monk
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("limits", [(), ("trainer.max_epochs=-1", "trainer.max_steps=3")])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        (),
+        ("trainer.max_epochs=-1", "trainer.max_steps=3"),
+        ("trainer.max_epochs=100000", "+trainer.max_time={seconds:1}"),
+    ],
+)
 def test_resume_of_a_finished_run_says_so(limits, tmp_path, capsys):
     train(tmp_path / "run", *limits)
     last = tmp_path / "run/checkpoints/last.ckpt"
     trained = load_checkpoint(last)
     assert "nothing was left" not in capsys.readouterr().out
     cli.train(compose("train", f"output={tmp_path}/run", f"resume={last}"))
-    assert f"nothing was left to train: {last} has reached" in capsys.readouterr().out
+    assert f"nothing was left to train: {last} is at step {trained.global_step}; to go on" in capsys.readouterr().out
     assert load_checkpoint(last).global_step == trained.global_step
 
 
@@ -575,7 +582,13 @@ def entry(key: str, value: object):
     return change
 
 
+def on_meta(content: dict, mark: Path) -> None:
+    layer = {"_target_": "liplayers.ManifoldLinear", "_partial_": True, "device": "meta"}
+    content["liplayers"]["config"]["model"]["linear"] = layer
+
+
 CHANGES = {
+    "model without values": on_meta,
     "wrong weights": lambda content, mark: content["liplayers"]["config"]["model"].update(width=17),
     "no config": lambda content, mark: content["liplayers"].pop("config"),
     "config a list": entry("config", [1]),
@@ -619,7 +632,7 @@ def damaged(kind: str, ckpt: Path, folder: Path) -> Path:
 KINDS = ["missing", "truncated", "empty", "text", "foreign", "tensor", "code", "folder", *CHANGES]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "wrong weights"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("wrong weights", "model without values")])
 def test_bad_checkpoints_do_not_resume_and_run_no_code(kind, ckpt, tmp_path):
     path = damaged(kind, ckpt, tmp_path)
     with pytest.raises(CheckpointError) as caught:

@@ -99,9 +99,12 @@ def _check_target(checkpoint: Checkpoint, target: str, packages: Sequence[str]) 
         is_layer = isinstance(found, type) and issubclass(found, nn.Module)
         if module in LAYERS and is_layer and origin.startswith("liplayers.layers."):
             return
+    package = target.split(".")[0]
+    if package == "liplayers":
+        raise CheckpointError(f"{checkpoint.path}: its config calls {target!r}; expected a public model, part or layer")
     raise CheckpointError(
         f"{checkpoint.path}: its config calls {target!r}, which is no part of liplayers; "
-        f"if you trust the file, pass allow=[{target.split('.')[0]}]"
+        f"if you trust the file, pass allow=[{package}]"
     )
 
 

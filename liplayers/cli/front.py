@@ -184,7 +184,7 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             found |= _flat(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
-    return found
+    return {_printable(key): _printable(value) for key, value in found.items()}
 
 
 def differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
@@ -211,8 +211,9 @@ def compare(runs: Sequence[Run], eps: str) -> Front:
     """The front of runs that have recorded the same split and this radius."""
     split = runs[0].split
     clean, certified = f"{split}/accuracy", f"{split}/{certified_name(parse_radius(eps))}"
-    own = {"run", "front", clean, certified}  # a setting of such a name is shown as setting.run
-    settings = {f"setting.{key}" if key in own else key: key for key in differing([run.settings for run in runs])}
+    different = differing([run.settings for run in runs])
+    shared = {"run", "front", clean, certified} & set(different)  # names of settings and of other columns
+    settings = {f"setting.{key}" if shared else key: key for key in different}
     points = np.array([[run.metrics[name.partition("/")[2]] for name in (clean, certified)] for run in runs])
     columns = {"run": [run.name for run in runs], "front": non_dominated(points), clean: points[:, 0]}
     columns |= {certified: points[:, 1]} | {
@@ -338,8 +339,8 @@ def sweep_front(folder: Path, eps: str | None) -> Front:
 
 
 def _printable(text: object) -> str:
-    """With a question mark for each byte of a file's name that is no UTF-8."""
-    return str(text).encode("utf-8", "replace").decode("utf-8")
+    r"""With a \udc.. for each byte of a file's name that is no UTF-8."""
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _leave_out(reason: str) -> None:

@@ -87,8 +87,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         _begin(output, module, data.name, monitor)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.resume, weights_only=True)
     if begun is not None and trainer.global_step == begun.global_step:
-        limits = f"trainer.max_epochs={cfg.trainer.max_epochs}, trainer.max_steps={cfg.trainer.max_steps}"
-        _say(f"nothing was left to train: {begun.path} has reached {limits}; set it higher to go on")
+        limits = ", ".join(f"trainer.{key}={cfg.trainer.get(key)}" for key in ("max_epochs", "max_steps", "max_time"))
+        _say(f"nothing was left to train: {begun.path} is at step {begun.global_step}; to go on raise one of {limits}")
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if best.best_model_score is not None:
         metrics["best"] = float(best.best_model_score)
@@ -138,7 +138,7 @@ def _check_settings(cfg: DictConfig, output: Path) -> None:
 
 
 def _check_resumable(checkpoint: Checkpoint, module: CertifiedClassifier, max_epochs: int) -> None:
-    """Raise before anything is written if the weights do not fit or there is nothing left to train."""
+    """Raise before anything is written if the weights do not fit or more epochs were begun than are asked for."""
     checkpoint.load_into(module.model)
     if 0 <= max_epochs <= checkpoint.epoch:
         raise ConfigError(

@@ -84,14 +84,15 @@ class ManifoldLinear(ManifoldModule, LipschitzLinear):
     `ManifoldMuon` trains it; any other optimiser leaves the manifold. `lipschitz_bound()` is √(1 + ‖G − I‖) with a
     proven bound on the norm, G the Gram matrix of the weight that runs (or a bound of ‖W‖ itself where that is
     less): 1 up to rounding on the manifold, larger off it, a proof everywhere. Supports every size. Signal gain at
-    initialisation: 1, or √(out/in) on average where out_features < in_features. Cost: that of nn.Linear; a step of
+    initialisation: 1, or where out_features < in_features √(out/in) on average, and for the identity what the features
+    it keeps have of the whole norm. Cost: that of nn.Linear; a step of
     `ManifoldAdamW` multiplies it by matrices of the longer side and keeps two of these, one of `ManifoldMuon` by
     matrices of the shorter side, so that very wide layers are dear to train.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
-        init: "orthogonal", a random frame, or "identity", which keeps the first features and appends zeros: deep
-            stacks then begin as shallow networks, and fit faster.
+        init: "orthogonal", a random frame, or "identity", which keeps the first features, drops those beyond
+            out_features and appends zeros: stacks then begin as shallow networks, and fitted MNIST faster.
 
     Shape:
         (*, in_features) → (*, out_features).
@@ -123,6 +124,9 @@ class ManifoldLinear(ManifoldModule, LipschitzLinear):
 
     def map_weight(self, raw: Tensor) -> Tensor:
         return raw
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, init={self.init!r}"
 
     def lipschitz_bound(self) -> float:
         with torch.no_grad():

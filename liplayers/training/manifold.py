@@ -177,8 +177,8 @@ class ManifoldMuon(ManifoldOptimizer):
     Where Adam equalises entries of a step, this equalises its singular values: for a square X it is the steepest
     descent under the spectral norm. The last product is one Newton–Schulz step towards the manifold. It leaves no
     singular value above 1, up to rounding, and as the rate falls to 0 none below; the layers' bounds count what there
-    is in between. Other parameters get AdamW. Matrices of one shape are moved together. Per matrix it keeps one of its
-    shape, and a step takes 15 products of its size, all but one of them in bfloat16.
+    is in between. Other parameters get AdamW. The directions of matrices of one shape are found together. Per matrix it
+    keeps one of its shape, and a step takes 17 products of its size, all but one of them in bfloat16.
 
     Args:
         params: parameters or groups of them.
@@ -232,9 +232,8 @@ class ManifoldMuon(ManifoldOptimizer):
         self._check_angle(group["lr"])  # a schedule may have raised it
         beta, precise = group["momentum"], torch.promote_types(stack[0].dtype, torch.float32)
         rough = torch.bfloat16 if group["bfloat16"] else precise
-        frame, G = (
-            torch.stack([_wide(p).to(rough) for p in tensors]) for tensors in (stack, self._nesterov(stack, beta))
-        )
+        frame = torch.stack([_wide(p).to(rough) for p in stack])
+        G = torch.stack([_wide(gradient).to(rough) for gradient in self._nesterov(stack, beta)])
         U = tangent(frame, fast_polar_factor(tangent(frame, G)))
         for p, turn in zip(stack, U, strict=True):
             X = _wide(p).to(precise)  # the parameter itself, unless it is of half precision
