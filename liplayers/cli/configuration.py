@@ -88,7 +88,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _check_target(checkpoint: Checkpoint, target: str, packages: Sequence[str]) -> None:
-    if target.split(".")[0] in packages:
+    package = target.split(".")[0]
+    if package in packages:
         return
     module, _, name = target.rpartition(".")
     if module in (*TRUSTED, *LAYERS):
@@ -99,7 +100,6 @@ def _check_target(checkpoint: Checkpoint, target: str, packages: Sequence[str]) 
         is_layer = isinstance(found, type) and issubclass(found, nn.Module)
         if module in LAYERS and is_layer and origin.startswith("liplayers.layers."):
             return
-    package = target.split(".")[0]
     if package == "liplayers":
         raise CheckpointError(f"{checkpoint.path}: its config calls {target!r}; expected a public model, part or layer")
     raise CheckpointError(

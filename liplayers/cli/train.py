@@ -75,9 +75,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if cfg.compile:
         module.model.compile()
     _try_optimizer(module)
-    begun = None if cfg.resume is None else load_checkpoint(cfg.resume)
-    if begun is not None:
-        _check_resumable(begun, module, cfg.trainer.max_epochs)
+    begun_at = (
+        None if cfg.resume is None else _resumed_step(load_checkpoint(cfg.resume), module, cfg.trainer.max_epochs)
+    )
     stage = "val" if data.has_validation else "train"  # without a validation split the training samples select
     monitor = f"{stage}/{certified_name(select)}"
     best = ModelCheckpoint(output / "checkpoints", "best", monitor=monitor, mode="max", enable_version_counter=False)
@@ -86,9 +86,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     with _Writing(output):
         _begin(output, module, data.name, monitor)
         trainer.fit(module, datamodule=data, ckpt_path=cfg.resume, weights_only=True)
-    if begun is not None and trainer.global_step == begun.global_step:
+    if trainer.global_step == begun_at:
         limits = ", ".join(f"trainer.{key}={cfg.trainer.get(key)}" for key in ("max_epochs", "max_steps", "max_time"))
-        _say(f"nothing was left to train: {begun.path} is at step {begun.global_step}; to go on raise one of {limits}")
+        _say(f"nothing was left to train: {cfg.resume} is at step {begun_at}; to go on raise one of {limits}")
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if best.best_model_score is not None:
         metrics["best"] = float(best.best_model_score)
@@ -137,14 +137,15 @@ def _check_settings(cfg: DictConfig, output: Path) -> None:
         )
 
 
-def _check_resumable(checkpoint: Checkpoint, module: CertifiedClassifier, max_epochs: int) -> None:
-    """Raise before anything is written if the weights do not fit or more epochs were begun than are asked for."""
+def _resumed_step(checkpoint: Checkpoint, module: CertifiedClassifier, max_epochs: int) -> int:
+    """The step that a checkpoint is at; raise if its weights do not fit or it began more epochs than are asked for."""
     checkpoint.load_into(module.model)
     if 0 <= max_epochs <= checkpoint.epoch:
         raise ConfigError(
             f"{checkpoint.path} has reached epoch {checkpoint.epoch + 1}, trainer.max_epochs is {max_epochs}; "
             f"set it higher to go on"
         )
+    return checkpoint.global_step
 
 
 def _quieten() -> None:
