@@ -49,7 +49,7 @@ def set_by_hydra(word: str) -> object:
 
 @settings(max_examples=300)
 @given(texts.filter(lambda text: text != "???"))
-@example("runs/a=b,c [1] {d} (e)/it's \"best\".ckpt")
+@example('runs/a=b,c [1] {d} (e)/it\'s "best".ckpt')
 @example("a\nb\t\x1b[31m%s\\n%%\\")
 @example("\udcff/name.ckpt")
 @example("\\\\\\${x} \\")
