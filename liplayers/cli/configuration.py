@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException
@@ -12,21 +11,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-import liplayers
 from liplayers.certification import parse_radius
 from liplayers.checkpoint import Checkpoint
 from liplayers.errors import ArgumentError, CheckpointError, ConfigError, LipschitzError
+from liplayers.text import one_line as one_line
 
 # the packages whose public names a checkpoint's config may call
 TRUSTED = ("liplayers.models", "liplayers.data", "liplayers.losses", "liplayers.training", "torch.optim", "lightning")
 LAYERS = ("liplayers", "liplayers.layers")  # where a config may name a layer; of these packages nothing else
-
-
-def config_folder() -> Path:
-    """The folder of the configs: inside the installed package, or beside it in a checkout."""
-    package = Path(liplayers.__file__).resolve().parent
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"
 
 
 def build(node: DictConfig, **arguments: Any) -> Any:
@@ -110,7 +102,3 @@ def _check_target(checkpoint: Checkpoint, target: str, packages: Sequence[str]) 
 
 def plain(node: DictConfig) -> Any:
     return OmegaConf.to_container(node, resolve=True)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

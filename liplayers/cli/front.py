@@ -12,7 +12,6 @@ Writes front.csv, front.md and front.png into the folder.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -35,6 +34,7 @@ from rich.table import Table
 from liplayers.certification import parse_radius
 from liplayers.certification.report import figure_writer, text_writer, write_outputs
 from liplayers.cli.configuration import one_line, radii
+from liplayers.commands.entry import front_options
 from liplayers.errors import ConfigError, DataError, DataNotFoundError, LipschitzError
 from liplayers.training.module import certified_name
 
@@ -364,12 +364,7 @@ def _radius(runs: Sequence[Run], eps: str | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m liplayers.cli.front` and `liplayers-front`."""
-    parser = argparse.ArgumentParser(
-        prog="liplayers-front", description="Clean against certified accuracy of the runs of a sweep."
-    )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the output folder of a sweep, or of several")
-    parser.add_argument("--eps", help="radius such as 108/255; default: the select_eps of the runs")
-    options = parser.parse_args(arguments)
+    options = front_options(arguments)
     try:
         front = sweep_front(options.folder, options.eps)
         title = f"{_printable(options.folder.resolve().name)}: clean against certified accuracy"

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from liplayers.checkpoint import run_folder
-from liplayers.cli.certify import certify
-from liplayers.cli.configuration import config_folder, one_line
-from liplayers.cli.train import train
+from liplayers.commands.help import config_folder, help_text
+from liplayers.commands.output import ForgivingOutput
 from liplayers.errors import ConfigError, LipschitzError, UnknownNameError
+from liplayers.text import one_line
 
 
 def train_command() -> None:
@@ -29,29 +32,89 @@ def train_command() -> None:
     given = any(a.lstrip("+").startswith(("output=", "hydra.run.dir=", "hydra.sweep.dir=")) for a in arguments)
     sweep = any(a == "-m" or (len(a) > 3 and "--multirun".startswith(a)) for a in arguments)
     if resume not in (None, "null") and not given:
+        from liplayers.checkpoint import run_folder
+
         sys.argv.append(f"output='{run_folder(resume)}'")  # a resumed run goes on in its own folder
     elif sweep and not given:
         # the default names the model and data of one job, which a sweep as a whole does not have
         sys.argv.append(f"output=runs/sweep/{datetime.now():%Y-%m-%d_%H-%M-%S}")
-    run("train", train)
+    run("train", _train)
 
 
 def certify_command() -> None:
     """`python certify.py` and `liplayers-certify`."""
-    run("certify", certify)
+    run("certify", _certify)
 
 
 def audit_command() -> None:
     """`liplayers-audit`: certify, then attack what was certified."""
-    sys.argv.insert(1, "audit=true")
-    certify_command()
+
+    def audit(cfg: DictConfig) -> Any:
+        cfg.audit = True
+        return _certify(cfg)
+
+    run("certify", audit, fixed=["audit=true"])
 
 
-def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
-    """Run a task under hydra; an error that we or the user's config caused is one line and exit status 2."""
+def front_command() -> int:
+    """`liplayers-front`."""
+    front_options()  # answers --help, and says what is wrong, before pandas and torch are imported
+    from liplayers.cli.front import main
+
+    return main()
+
+
+def front_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="liplayers-front", description="Clean against certified accuracy of the runs of a sweep."
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the output folder of a sweep, or of several")
+    parser.add_argument("--eps", help="radius such as 108/255; default: the select_eps of the runs")
+    parser.error = lambda message: _fail(ConfigError(f"{message}; --help lists what there is"))  # type: ignore
+    return parser.parse_args(arguments)
+
+
+def _train(cfg: DictConfig) -> Any:
+    from liplayers.cli import train
+
+    return train(cfg)
+
+
+def _certify(cfg: DictConfig) -> Any:
+    from liplayers.cli import certify
+
+    return certify(cfg)
+
+
+def run(config_name: str, task: Callable[[DictConfig], Any], fixed: Sequence[str] = ()) -> None:
+    """Run a task under hydra; an error that we or the user's config caused is one line and exit status 2.
+
+    Args:
+        fixed: overrides that the task makes itself, for `--help`.
+    """
+    stdout = sys.stdout
+    if stdout is None:  # closed by the shell
+        _run(config_name, task, fixed)
+        return
+    sys.stdout = output = ForgivingOutput(stdout)
+    try:
+        worked = _run(config_name, task, fixed)
+    finally:
+        output.flush()
+        sys.stdout = stdout
+    if output.lost and not worked:
+        sys.exit(1)  # what was asked for, such as --help, was to be printed
+
+
+def _run(config_name: str, task: Callable[[DictConfig], Any], fixed: Sequence[str]) -> bool:
+    """Whether the task was run, rather than something printed by hydra."""
     asked = os.environ.get("HYDRA_FULL_ERROR")
 
+    worked = False
+
     def guarded(cfg: DictConfig) -> Any:
+        nonlocal worked
+        worked = True
         # inside hydra: it would print a heading of its own for exceptions, but lets SystemExit through
         try:
             return task(cfg)
@@ -66,7 +129,8 @@ def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     decorate = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes hydra raise, so that the message is ours
     try:
-        decorate(guarded)()
+        if not _answered(config_name, fixed):
+            decorate(guarded)()
     except (HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
         if asked == "1":
             raise
@@ -75,10 +139,27 @@ def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         os.environ.pop("HYDRA_FULL_ERROR")
         if asked is not None:
             os.environ["HYDRA_FULL_ERROR"] = asked
+    return worked
 
 
-def _fail(error: BaseException) -> None:
-    sys.stderr.write(f"error: {one_line(error)}\n")
+def _answered(config_name: str, fixed: Sequence[str]) -> bool:
+    """Whether `--help` was asked for, and has been printed; raise for flags that hydra does not know."""
+    parser = get_args_parser()
+    parser.error = _bad_flags  # type: ignore[method-assign]
+    flags = parser.parse_args()
+    if not flags.help or flags.config_name or flags.config_path or flags.config_dir:
+        return False  # of another config hydra knows more
+    print(help_text(config_name, [*fixed, *flags.overrides]), end="")
+    return True
+
+
+def _bad_flags(message: str) -> NoReturn:
+    raise ConfigError(f"{message}; flags come before settings, --help lists them")
+
+
+def _fail(error: BaseException) -> NoReturn:
+    with suppress(OSError):  # nobody may be reading
+        sys.stderr.write(f"error: {one_line(error)}\n")
     sys.exit(2)
 
 
