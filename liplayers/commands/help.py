@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -44,7 +44,8 @@ def help_text(config_name: str, overrides: Sequence[str]) -> str:
     lines = [header.rstrip(), "", "Settings (name=value):", *_settings(own, described)]
     for group in groups:
         if options[group] is not None:
-            lines += ["", f"{group}={options[group]}: {heading(folder / group / f'{options[group]}.yaml')}"]
+            about = heading(folder / group / f"{options[group]}.yaml")
+            lines += ["", *f"{group}={options[group]}: {about}".splitlines()]
             lines += _settings(values.get(group, {}), described, f"{group}.")
     for group in groups:
         lines += ["", f"Options of {group} (such as --help {group}=…):"]
@@ -64,7 +65,7 @@ def heading(file: Path) -> str:
 
 
 def comments(file: Path) -> dict[str, str]:
-    """The comment beside each setting of a file, by its dotted name, with the lines that continue it."""
+    """The comment beside each setting of a file and right below it, or the one right above, by dotted name."""
     text = file.read_text("utf-8")
     lines = text.splitlines()
     found: dict[str, str] = {}
@@ -73,22 +74,25 @@ def comments(file: Path) -> dict[str, str]:
         for key, value in node.value:
             simple = not isinstance(value, yaml.MappingNode | yaml.SequenceNode) or value.flow_style
             end = value.end_mark if simple else key.end_mark
-            beside = re.match(r"[^#]*#\s*(.*)", lines[end.line][end.column :])
-            if beside:
-                column = lines[end.line].index("#", end.column)
-                more = _continued(lines[end.line + 1 :], column)
-                found[prefix + key.value] = " ".join([beside[1].strip(), *more])
+            column = lines[end.line].find("#", end.column)
+            if column >= 0:
+                comment = _comment(
+                    [lines[end.line][column:].rjust(len(lines[end.line])), *lines[end.line + 1 :]], column
+                )
+            else:
+                comment = list(_comment(lines[: key.start_mark.line][::-1], key.start_mark.column))[::-1]
+            found[prefix + key.value] = " ".join(comment)
             if isinstance(value, yaml.MappingNode):
                 walk(value, f"{prefix}{key.value}.")
 
     walk(yaml.compose(text), "")
-    return found
+    return {name: comment for name, comment in found.items() if comment}
 
 
-def _continued(lines: Sequence[str], column: int) -> Iterator[str]:
-    """The comments right below another, in its column."""
+def _comment(lines: Iterable[str], column: int) -> Iterator[str]:
+    """The text of the first lines, as long as they hold nothing but a comment in this column."""
     for line in lines:
-        if line[:column].strip() or not line[column:].startswith("#"):
+        if line[:column].strip() or line[column : column + 1] != "#":
             return
         yield line[column + 1 :].strip()
 
