@@ -14,4 +14,4 @@ def printable(text: object) -> str:
 
 def one_line(error: BaseException) -> str:
     """What an error says, on one line."""
-    return printable(" ".join(str(error).split()))
+    return printable(" ".join(filter(None, map(str.strip, str(error).splitlines()))))

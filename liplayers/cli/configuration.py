@@ -13,6 +13,7 @@ from torch import nn
 
 from liplayers.certification import parse_radius
 from liplayers.checkpoint import Checkpoint
+from liplayers.cli.quoting import hydra_override
 from liplayers.errors import ArgumentError, CheckpointError, ConfigError, LipschitzError
 from liplayers.text import one_line as one_line
 
@@ -96,7 +97,7 @@ def _check_target(checkpoint: Checkpoint, target: str, packages: Sequence[str]) 
         raise CheckpointError(f"{checkpoint.path}: its config calls {target!r}; expected a public model, part or layer")
     raise CheckpointError(
         f"{checkpoint.path}: its config calls {target!r}, which is no part of liplayers; "
-        f"if you trust the file, pass allow=[{package}]"
+        f"if you trust the file, pass {hydra_override('allow', package)}"
     )
 
 

@@ -143,7 +143,7 @@ def _run(config_name: str, task: Callable[[DictConfig], Any], fixed: Sequence[st
 
 
 def _answered(config_name: str, fixed: Sequence[str]) -> bool:
-    """Whether `--help` was asked for, and has been printed; raise for flags that hydra does not know."""
+    """Whether `--help` was asked for, and has been printed; flags that hydra does not know are an error."""
     parser = get_args_parser()
     parser.error = _bad_flags  # type: ignore[method-assign]
     flags = parser.parse_args()
@@ -154,7 +154,7 @@ def _answered(config_name: str, fixed: Sequence[str]) -> bool:
 
 
 def _bad_flags(message: str) -> NoReturn:
-    raise ConfigError(f"{message}; flags come before settings, --help lists them")
+    _fail(ConfigError(f"{message}; flags come before settings, --help lists them"))
 
 
 def _fail(error: BaseException) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -76,11 +75,10 @@ def comments(file: Path) -> dict[str, str]:
             end = value.end_mark if simple else key.end_mark
             column = lines[end.line].find("#", end.column)
             if column >= 0:
-                comment = _comment(
-                    [lines[end.line][column:].rjust(len(lines[end.line])), *lines[end.line + 1 :]], column
-                )
+                beside = " " * column + lines[end.line][column:]
+                comment = [*_comment([beside, *lines[end.line + 1 :]], column)]
             else:
-                comment = list(_comment(lines[: key.start_mark.line][::-1], key.start_mark.column))[::-1]
+                comment = [*_comment(reversed(lines[: key.start_mark.line]), key.start_mark.column)][::-1]
             found[prefix + key.value] = " ".join(comment)
             if isinstance(value, yaml.MappingNode):
                 walk(value, f"{prefix}{key.value}.")
