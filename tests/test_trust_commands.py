@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from liplayers.cli.quoting import command, hydra_override
+from liplayers.commands.quoting import command, hydra_override
 from liplayers.errors import ArgumentError
 
 PARTS = ["${", "\\", "\\\\", "${x}", "null", "true", "1e3", "nan", "'", '"', " ", "  ", "$", "{", "ü", "§", "", "???"]

@@ -13,7 +13,8 @@ from torch import nn
 
 from liplayers.certification import parse_radius
 from liplayers.checkpoint import Checkpoint
-from liplayers.cli.quoting import hydra_override
+from liplayers.commands.help import config_folder as config_folder
+from liplayers.commands.quoting import hydra_override
 from liplayers.errors import ArgumentError, CheckpointError, ConfigError, LipschitzError
 from liplayers.text import one_line as one_line
 
@@ -43,7 +44,8 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
 
 def radii(name: str, value: Any) -> list[float | str]:
     """A list of radii as given, each checked; a single one counts as a list."""
-    radii = list(value) if isinstance(value, (list, ListConfig)) else [value]
+    given = list(value) if isinstance(value, (list, ListConfig)) else [value]
+    radii = [radius.strip() if isinstance(radius, str) else radius for radius in given]
     for radius in radii:
         try:
             parse_radius(radius)

@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from liplayers.certification import parse_radius
 from liplayers.checkpoint import Checkpoint, load_checkpoint
 from liplayers.cli.configuration import build, check_config, integer, one_line, plain, radii
-from liplayers.cli.quoting import command, hydra_override
 from liplayers.commands.output import say
+from liplayers.commands.quoting import command, hydra_override
 from liplayers.data import DataModule
 from liplayers.errors import ConfigError, LipschitzError, OutputError
 from liplayers.training import (

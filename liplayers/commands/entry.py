@@ -21,6 +21,7 @@ from yaml import YAMLError
 
 from liplayers.commands.help import config_folder, help_text
 from liplayers.commands.output import ForgivingOutput
+from liplayers.commands.quoting import hydra_override
 from liplayers.errors import ConfigError, LipschitzError, UnknownNameError
 from liplayers.text import one_line
 
@@ -131,8 +132,8 @@ def _run(config_name: str, task: Callable[[DictConfig], Any], fixed: Sequence[st
     try:
         if not _answered(config_name, fixed):
             decorate(guarded)()
-    except (HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
-        if asked == "1":
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+        if asked == "1" or (worked and isinstance(error, ValueError)):
             raise
         _fail(_config_error(error, config_name))
     finally:
@@ -173,13 +174,18 @@ def _config_error(error: Exception, config_name: str) -> Exception:
     if isinstance(error, YAMLError):
         return ConfigError(f"not valid YAML: {one_line(error)}")
     if isinstance(error, OverrideParseException):
+        key, equals, value = (error.override or "").partition("=")
+        example = hydra_override(key, value) if equals and re.fullmatch(r"[\w.]+", key) else "name='value'"
         return ConfigError(
-            f"cannot read {error.override!r}: write name=value without spaces, and quote a value with special "
-            f"characters twice: \"name='value'\""
+            f"cannot read {error.override!r}: write name=value, and quote a value with special characters for the "
+            f"shell and for hydra: {example}"
         )
     bad_key = re.search(r"Could not override '([^']+)'", str(error))
     if bad_key:
-        return UnknownNameError.of("setting", bad_key[1], _known_keys(config_name))
+        known = _known_keys(config_name)
+        if bad_key[1] in known:
+            return ConfigError(f"{bad_key[1]}: has no options to choose from here; set single values below it")
+        return UnknownNameError.of("setting", bad_key[1], known)
     return ConfigError(one_line(error))
 
 
