@@ -3,20 +3,24 @@
 1-Lipschitz layers with torch's own signatures, bounds that compose over models, and certified ℓ2 radii.
 """
 
-from liplayers.bounds import layer_bounds as layer_bounds
-from liplayers.bounds import lipschitz_bound as lipschitz_bound
-from liplayers.bounds import register_bound as register_bound
-from liplayers.bounds import split_head as split_head
-from liplayers.errors import LipschitzError as LipschitzError
-from liplayers.export import export_onnx as export_onnx
-from liplayers.export import export_program as export_program
-from liplayers.export import export_safetensors as export_safetensors
-from liplayers.export import freeze as freeze
-from liplayers.layers import *
-from liplayers.layers import FAMILIES as FAMILIES
-from liplayers.layers import Family as Family
-from liplayers.layers import cached as cached
-from liplayers.layers import get_layer as get_layer
-from liplayers.layers import register as register
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from liplayers.public import *
+else:
+
+    def __getattr__(name):
+        """The public names, with torch, when one is first asked for: the commands say what they do without it."""
+        if name == "__all__" or not name.startswith("__"):
+            public = vars(import_module("liplayers.public")).items()
+            names = {key: value for key, value in public if not key.startswith("_")}
+            globals().update(names, __all__=list(names))
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__getattr__("__all__")})

@@ -13,14 +13,17 @@ from matplotlib.figure import Figure
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from liplayers.certification.attack import Attacked, attack, batches, check_samples, headroom, misclassified
 from liplayers.certification.ball import distance
 from liplayers.certification.boundary import boundary_points, rounding_attack
 from liplayers.certification.radius import certified_accuracy, certified_radius
+from liplayers.certification.report import label_plot
 from liplayers.certification.steepest import margin_ratio_lower_bound
 from liplayers.errors import ArgumentError, ShapeError
+from liplayers.text import printable
 
 METHODS = ("pgd", "apgd")
 QUANTILES = (0.0, 0.5, 0.95)
@@ -328,7 +331,9 @@ def audit_table(audit: Audit, title: str = "audit") -> Group:
     >>> [table.row_count for table in audit_table(audit).renderables]
     [1, 5]
     """
-    accuracy = Table(title=title, caption="accuracy in %; balls are not clipped to a range of pixels")
+    accuracy = Table(
+        title=Text(printable(title), "table.title"), caption="accuracy in %; balls are not clipped to a range of pixels"
+    )
     for heading in ("ε", "certified", "under PGD", "under APGD"):
         accuracy.add_column(heading, justify="right", no_wrap=True)
     for row in audit.rows:
@@ -363,7 +368,7 @@ def audit_figure(audit: Audit, title: str = "", unit: str = "pixels in [0, 1]") 
         ("certified", "o-", [row.certified for row in rows]),
     ):
         axes.plot(x, [100 * value for value in (audit.clean_accuracy, *values)], style, label=label)
-    axes.set(xlabel=rf"$\ell_2$ radius $\varepsilon$, {unit}", ylabel="accuracy (%)", title=title, ylim=(0, 100))
+    axes.set(ylabel="accuracy (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
+    label_plot(axes, title, unit)
     return figure

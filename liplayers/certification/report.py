@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 import liplayers
@@ -24,6 +25,7 @@ from liplayers.certification.evaluate import Certificates
 from liplayers.certification.network import CertifiedNetwork
 from liplayers.certification.radius import parse_radius
 from liplayers.errors import OutputError
+from liplayers.text import printable
 
 Radii = Sequence[float | str]
 
@@ -99,14 +101,15 @@ def _name(dtype: torch.dtype) -> str:
 
 def results_table(results: Mapping[str, Certificates], eps: Radii, title: str, unit: str) -> Table:
     """One row for each named result: clean accuracy, certified accuracy at each radius, mean radius."""
-    table = Table(title=title, caption=f"accuracy in %, certified at l2 radius ε of {unit}; wrong points have R = 0")
+    caption = Text(f"accuracy in %, certified at l2 radius ε of {unit}; wrong points have R = 0", "table.caption")
+    table = Table(title=Text(printable(title), "table.title"), caption=caption)
     table.add_column("model", overflow="fold")
     for heading in ["clean", *(f"ε={e}" for e in eps), "mean R"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, certificates in results.items():
         values = [certificates.clean_accuracy, *(certificates.accuracy(parse_radius(e)) for e in eps)]
         cells = [f"{100 * value:.2f}" for value in values]
-        table.add_row(name, *cells, f"{certificates.mean_radius:.4f}")
+        table.add_row(Text(printable(name)), *cells, f"{certificates.mean_radius:.4f}")
     return table
 
 
@@ -148,7 +151,7 @@ def units_table(units: Sequence[Mapping[str, Any]], title: str) -> Table:
     """The first features of `original_units`, one a row."""
     more = len(units) - MOST_FEATURES
     table = Table(
-        title=title,
+        title=Text(printable(title), "table.title"),
         caption="mean R along: how far this feature alone may move, in its own unit; in l2 norm of them all: R times "
         "the least std" + (f"; {more} more features are in report.json" if more > 0 else ""),
     )
@@ -156,7 +159,9 @@ def units_table(units: Sequence[Mapping[str, Any]], title: str) -> Table:
     for heading in ("mean", "std", "mean R along"):
         table.add_column(heading, justify="right", no_wrap=True)
     for unit in units[:MOST_FEATURES]:
-        table.add_row(escape(unit["name"]), *(f"{unit[key]:.4g}" for key in ("mean", "std", "mean_radius_along")))
+        table.add_row(
+            Text(printable(unit["name"])), *(f"{unit[key]:.4g}" for key in ("mean", "std", "mean_radius_along"))
+        )
     return table
 
 
@@ -182,18 +187,20 @@ def curve(results: Mapping[str, Certificates], title: str, unit: str) -> Figure:
         finite = radii[radii.isfinite()].sort().values.numpy()
         x = np.concatenate([[0.0], finite])
         y = 100 * (len(radii) - np.arange(len(x))) / len(certificates.label)
-        axes.step(x, y, where="post", label=f"{name} (clean {100 * certificates.clean_accuracy:.1f} %)")
+        axes.step(x, y, where="post", label=f"clean {100 * certificates.clean_accuracy:.1f} %: {printable(name)}")
         largest = max(largest, float(x[-1]))
-    axes.set(
-        xlabel=rf"$\ell_2$ radius $\varepsilon$, {unit}",
-        ylabel="certified accuracy (%)",
-        title=title,
-        xlim=(0, largest * 1.02 or 1.0),
-        ylim=(0, 100),
-    )
+    axes.set(ylabel="certified accuracy (%)", xlim=(0, largest * 1.02 or 1.0), ylim=(0, 100))
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
+    label_plot(axes, title, unit)
     return figure
+
+
+def label_plot(axes: Axes, title: str, unit: str) -> None:
+    """Title, axis of radii and legend; a `$` in a name begins no formula."""
+    axes.set_title(printable(title), parse_math=False)
+    axes.set_xlabel(f"ℓ₂ radius ε, {printable(unit)}", parse_math=False)
+    for text in axes.legend(loc="upper right").get_texts():
+        text.set_parse_math(False)
 
 
 def write_outputs(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> list[Path]:
@@ -245,8 +252,8 @@ def csv_text(certificates: Certificates) -> str:
 
 
 def text_writer(text: str) -> Callable[[Path], object]:
-    """A writer of this text, without another ending of lines on any system."""
-    return lambda path: path.write_bytes(text.encode())
+    """A writer of this text, without another ending of lines on any system; names that are no UTF-8 are escaped."""
+    return lambda path: path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def state_writer(state: Mapping[str, Tensor]) -> Callable[[Path], object]:

@@ -12,7 +12,8 @@ from liplayers.certification import parse_radius
 from liplayers.certification import report as reports
 from liplayers.certification.audit import Audit, audit_figure, audit_table
 from liplayers.certification.audit import audit as audit_network
-from liplayers.cli.proving import Certified, console
+from liplayers.cli.proving import Certified
+from liplayers.commands.output import console, say
 from liplayers.errors import RefutedError
 
 
@@ -51,7 +52,7 @@ def audit(name: str, one: Certified, samples: int, eps: list[float | str], folde
     written = reports.write_outputs(folder, files)
     console.print(audit_table(found, f"audit of {name}: {title}, {len(inputs)} samples"))
     for path in written:
-        console.print(str(path), soft_wrap=True)
+        say(path)
     if not found.holds:
         raise RefutedError(
             f"{name}: {found.certified_fallen} certified points and {found.boundary_fallen} points near the boundary "

@@ -13,8 +13,9 @@ from liplayers.certification import report as reports
 from liplayers.checkpoint import Checkpoint, load_checkpoint, run_folder
 from liplayers.cli.audit import audit
 from liplayers.cli.configuration import integer, radii
-from liplayers.cli.proving import Certified, certify_one, console
+from liplayers.cli.proving import Certified, certify_one
 from liplayers.cli.verify import verify
+from liplayers.commands.output import console, say
 from liplayers.errors import ConfigError
 
 
@@ -77,11 +78,11 @@ def write_and_print(done: Mapping[str, Certified], output: Path, eps: list[float
     samples = len(first.certificates.label)
     console.print(reports.results_table(results, eps, f"{about['name']} ({about['split']}, {samples} samples)", unit))
     for name, one in done.items():
-        console.print(reports.proof_line(one.report), soft_wrap=True)
+        say(reports.proof_line(one.report))
         if "units" in one.report:
             console.print(reports.units_table(one.report["units"], f"{name} in original units"))
     for path in written:
-        console.print(str(path), soft_wrap=True)
+        say(path)
 
 
 def _names(paths: Sequence[str]) -> list[str]:

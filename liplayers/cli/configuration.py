@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException
@@ -12,21 +11,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-import liplayers
 from liplayers.certification import parse_radius
 from liplayers.checkpoint import Checkpoint
+from liplayers.commands.help import config_folder as config_folder
+from liplayers.commands.quoting import hydra_override
 from liplayers.errors import ArgumentError, CheckpointError, ConfigError, LipschitzError
+from liplayers.text import one_line as one_line
 
 # the packages whose public names a checkpoint's config may call
 TRUSTED = ("liplayers.models", "liplayers.data", "liplayers.losses", "liplayers.training", "torch.optim", "lightning")
 LAYERS = ("liplayers", "liplayers.layers")  # where a config may name a layer; of these packages nothing else
-
-
-def config_folder() -> Path:
-    """The folder of the configs: inside the installed package, or beside it in a checkout."""
-    package = Path(liplayers.__file__).resolve().parent
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"
 
 
 def build(node: DictConfig, **arguments: Any) -> Any:
@@ -50,7 +44,8 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
 
 def radii(name: str, value: Any) -> list[float | str]:
     """A list of radii as given, each checked; a single one counts as a list."""
-    radii = list(value) if isinstance(value, (list, ListConfig)) else [value]
+    given = list(value) if isinstance(value, (list, ListConfig)) else [value]
+    radii = [radius.strip() if isinstance(radius, str) else radius for radius in given]
     for radius in radii:
         try:
             parse_radius(radius)
@@ -104,13 +99,9 @@ def _check_target(checkpoint: Checkpoint, target: str, packages: Sequence[str]) 
         raise CheckpointError(f"{checkpoint.path}: its config calls {target!r}; expected a public model, part or layer")
     raise CheckpointError(
         f"{checkpoint.path}: its config calls {target!r}, which is no part of liplayers; "
-        f"if you trust the file, pass allow=[{package}]"
+        f"if you trust the file, pass {hydra_override('allow', package)}"
     )
 
 
 def plain(node: DictConfig) -> Any:
     return OmegaConf.to_container(node, resolve=True)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

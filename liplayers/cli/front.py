@@ -12,9 +12,9 @@ Writes front.csv, front.md and front.png into the folder.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -28,14 +28,17 @@ import pandas as pd
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from liplayers.certification import parse_radius
 from liplayers.certification.report import figure_writer, text_writer, write_outputs
 from liplayers.cli.configuration import one_line, radii
+from liplayers.commands.entry import front_options
+from liplayers.commands.output import console, say
+from liplayers.commands.quoting import command, hydra_override
 from liplayers.errors import ConfigError, DataError, DataNotFoundError, LipschitzError
+from liplayers.text import printable
 from liplayers.training.module import certified_name
 
 SPLITS = {"val": "validation split", "train": "training samples (no validation split)"}
@@ -43,8 +46,6 @@ NO_SETTINGS = ("output", "resume", "overwrite", "allow")  # where a run writes a
 MOST_LABELS = 12  # points that are all labelled; of more, only the front
 MOST_SETTINGS = 4  # in a label; where more differ, it names the run
 MISSING = "–"
-
-console = Console()
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ def _check_finished(folder: Path, metrics: pd.DataFrame, trainer: Mapping[str, A
         return  # whether its time was up is not recorded
     if not (0 <= most_epochs <= epochs or 0 <= most_steps <= steps):
         reached = f"{epochs} of {most_epochs} epochs" if most_epochs >= 0 else f"{steps} of {most_steps} steps"
-        raise DataError(f"{folder}: unfinished, {reached}; go on with resume={folder / 'checkpoints' / 'last.ckpt'}")
+        resume = hydra_override("resume", folder / "checkpoints" / "last.ckpt")
+        raise DataError(f"{folder}: unfinished, {reached}; go on with {resume}")
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -184,7 +186,7 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             found |= _flat(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
-    return {_printable(key): _printable(value) for key, value in found.items()}
+    return {printable(key): printable(value) for key, value in found.items()}
 
 
 def differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
@@ -230,27 +232,36 @@ def cells(front: Front) -> list[list[str]]:
         accuracies = [f"{100 * row[name]:.2f}" for name in (front.clean, front.certified)]
         settings = [MISSING if row[key] is None else row[key] for key in front.settings]
         rows.append(["★" if row["front"] else "", *accuracies, *settings, row["run"]])
-    return [[" ".join(cell.split()) for cell in row] for row in rows]
+    return rows
 
 
 def rich_table(front: Front, title: str) -> Table:
     """The table for a terminal, the front in bold."""
-    table = Table(title=escape(title), caption=front.explanation)
+    table = Table(title=Text(title, "table.title"), caption=front.explanation)
     headings, *rows = cells(front)
     for place, heading in enumerate(headings):
         number = place in (1, 2)
-        table.add_column(escape(heading), justify="right" if number else "left", no_wrap=number, overflow="fold")
+        table.add_column(Text(heading), justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row), style="bold" if row[0] else None)
+        table.add_row(*map(Text, row), style="bold" if row[0] else None)
     return table
 
 
 def markdown(front: Front, title: str) -> str:
     """The table under its title, with what it shows."""
-    headings, *rows = ([cell.replace("|", "\\|") for cell in row] for row in cells(front))
+    headings, *rows = ([_literal(cell) for cell in row] for row in cells(front))
     lines = [headings, ["---", "--:", "--:", *["---"] * (len(headings) - 3)], *rows]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"# {title}\n\n{front.explanation[0].upper()}{front.explanation[1:]}.\n\n{table}"
+    return f"# {_literal(title)}\n\n{front.explanation[0].upper()}{front.explanation[1:]}.\n\n{table}"
+
+
+def _literal(text: str) -> str:
+    r"""For Markdown, where what looks like markup would be taken for it.
+
+    >>> print(_literal("a_b|[c](d) *e* <f>"))
+    a_b\|\[c\](d) \*e\* \<f\>
+    """
+    return re.sub(r"([\\`*|\[\]<>]|\b_|_\b)", r"\\\1", text)
 
 
 def front_figure(front: Front, title: str) -> Figure:
@@ -319,12 +330,13 @@ def sweep_front(folder: Path, eps: str | None) -> Front:
     runs = []
     for path in run_folders(folder):
         try:
-            runs.append(read_run(path, _printable(path.relative_to(folder).as_posix())))
+            runs.append(read_run(path, printable(path.relative_to(folder).as_posix())))
         except DataError as error:
-            _leave_out(str(error))
+            say(f"left out: {error}")
     if not runs:
         raise DataNotFoundError(
-            f"{folder}: holds no finished run; start a sweep with python train.py -m output={folder} …"
+            f"{folder}: holds no finished run; start a sweep with "
+            f"{command('train', '-m', hydra_override('output', folder))} …"
         )
     split = "val" if any(run.split == "val" for run in runs) else "train"
     alike = [run for run in runs if run.split == split]
@@ -332,19 +344,10 @@ def sweep_front(folder: Path, eps: str | None) -> Front:
     compared = [run for run in alike if certified_name(parse_radius(eps)) in run.evaluated]
     for run in runs:
         if run not in alike:
-            _leave_out(f"{folder / run.name}: recorded no validation accuracy, as other runs did")
+            say(f"left out: {folder / run.name}: recorded no validation accuracy, as other runs did")
         elif run not in compared:
-            _leave_out(f"{folder / run.name}: evaluated at {', '.join(run.evaluated.values())}, not at {eps}")
+            say(f"left out: {folder / run.name}: evaluated at {', '.join(run.evaluated.values())}, not at {eps}")
     return compare(compared, eps)
-
-
-def _printable(text: object) -> str:
-    r"""With a \udc.. for each byte of a file's name that is no UTF-8."""
-    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _leave_out(reason: str) -> None:
-    console.print(f"left out: {_printable(reason)}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _radius(runs: Sequence[Run], eps: str | None) -> str:
@@ -364,15 +367,10 @@ def _radius(runs: Sequence[Run], eps: str | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m liplayers.cli.front` and `liplayers-front`."""
-    parser = argparse.ArgumentParser(
-        prog="liplayers-front", description="Clean against certified accuracy of the runs of a sweep."
-    )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the output folder of a sweep, or of several")
-    parser.add_argument("--eps", help="radius such as 108/255; default: the select_eps of the runs")
-    options = parser.parse_args(arguments)
+    options = front_options(arguments)
     try:
         front = sweep_front(options.folder, options.eps)
-        title = f"{_printable(options.folder.resolve().name)}: clean against certified accuracy"
+        title = f"{printable(options.folder.resolve().name)}: clean against certified accuracy"
         console.print(rich_table(front, title))
         files = {
             "front.csv": lambda path: front.table.to_csv(path, index=False),
@@ -380,9 +378,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "front.png": figure_writer(front_figure(front, title)),
         }
         for path in write_outputs(options.folder, files):
-            console.print(_printable(path), soft_wrap=True, highlight=False, markup=False)
+            say(path)
     except LipschitzError as error:
-        print(f"error: {_printable(one_line(error))}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from torch import Tensor, nn
 
 from liplayers.certification import Certificates, CertifiedNetwork
@@ -17,13 +16,12 @@ from liplayers.certification import certify as certify_network
 from liplayers.certification import report as reports
 from liplayers.checkpoint import Checkpoint
 from liplayers.cli.configuration import build, check_config, plain
+from liplayers.commands.output import console, say
 from liplayers.data.base import DataModule
 from liplayers.errors import CheckpointError, ConfigError, UnknownNameError
 
 # what a checkpoint must not make a certification do: fetch or write files, change the inputs
 NOT_FOR_CERTIFYING: dict[str, Any] = {"download": False, "cache": None, "augment": []}
-
-console = Console()
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def certify_one(
         console=console,
     )
     if certificates.not_finite:
-        console.print(f"warning: {certificates.not_finite} samples have NaN or infinite logits; they certify nothing")
+        say(f"warning: {certificates.not_finite} samples have NaN or infinite logits; they certify nothing")
     report = {
         "mode": network.mode,
         "statement": reports.statement(network.mode, data.unit),

@@ -17,11 +17,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from liplayers.certification import parse_radius
 from liplayers.checkpoint import Checkpoint, load_checkpoint
 from liplayers.cli.configuration import build, check_config, integer, one_line, plain, radii
+from liplayers.commands.output import say
+from liplayers.commands.quoting import command, hydra_override
 from liplayers.data import DataModule
 from liplayers.errors import ConfigError, LipschitzError, OutputError
 from liplayers.training import (
@@ -36,8 +37,6 @@ from liplayers.training import (
 from liplayers.training.module import certified_name
 
 GROUPS = ("model", "data", "loss", "optimizer", "schedule", "trainer", "experiment")
-
-console = Console()
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -93,7 +92,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if best.best_model_score is not None:
         metrics["best"] = float(best.best_model_score)
         _say(f"best {monitor}: {metrics['best']:.4f}")
-        _say(f"certify it: python certify.py ckpt={output / 'checkpoints' / 'best.ckpt'}")
+        _say(f"certify it: {command('certify', hydra_override('ckpt', output / 'checkpoints' / 'best.ckpt'))}")
     return metrics
 
 
@@ -106,9 +105,7 @@ def _data(cfg: DictConfig) -> DataModule:
     return data
 
 
-@rank_zero_only
-def _say(line: str) -> None:
-    console.print(line, soft_wrap=True)
+_say = rank_zero_only(say)
 
 
 @rank_zero_only  # another process would make a folder of its own, named after the second it started in
@@ -131,8 +128,9 @@ def _check_settings(cfg: DictConfig, output: Path) -> None:
         raise ConfigError(f"trainer.max_epochs={cfg.trainer.max_epochs}: expected at least 1, or trainer.max_steps")
     checkpoints = output / "checkpoints"
     if cfg.resume is None and not cfg.overwrite and any(checkpoints.glob("*.ckpt")):
+        resume = hydra_override("resume", checkpoints / "last.ckpt")
         raise OutputError(
-            f"{output}: holds the checkpoints of a run; continue it with resume={checkpoints / 'last.ckpt'}, "
+            f"{output}: holds the checkpoints of a run; continue it with {resume}, "
             f"choose another output=…, or pass overwrite=true"
         )
 
@@ -164,7 +162,8 @@ def _trainer(cfg: DictConfig, output: Path, best: ModelCheckpoint, shown: dict[s
     callbacks: list[Callback] = [best, last, Throughput()]
     if cfg.ema_decay is not None:
         callbacks.append(WeightEMA(cfg.ema_decay))
-    callbacks.append(SaveWhenInterrupted(checkpoints / "interrupted.ckpt"))
+    interrupted = checkpoints / "interrupted.ckpt"
+    callbacks.append(SaveWhenInterrupted(interrupted, command("train", hydra_override("resume", interrupted))))
     if cfg.save_every_steps is not None:
         callbacks.append(SaveWithinEpoch(checkpoints / "last.ckpt", cfg.save_every_steps))
     if cfg.trainer.enable_progress_bar:

@@ -18,7 +18,8 @@ from liplayers.certification import report as reports
 from liplayers.certification.network import MODES, state_sha256
 from liplayers.checkpoint import load_checkpoint, load_tensors
 from liplayers.cli.configuration import radii
-from liplayers.cli.proving import Certified, certify_one, console
+from liplayers.cli.proving import Certified, certify_one
+from liplayers.commands.output import say
 from liplayers.errors import ConfigError, VerificationError
 
 TOLERANCE = 1e-8  # relative: what another order of summation changes in logits and in proven bounds
@@ -56,9 +57,7 @@ def verify(cfg: DictConfig) -> int:
     distance = fresh.network.weights_distance
     rounding = f"; computed here, the weights differ by {distance:.1e} of the largest" if distance else ""
     bounds = len(fresh.network.bounds.upper)
-    console.print(
-        f"verified: {len(stored)} radii, {bounds} layer bounds, accuracies and hashes agree{rounding}", soft_wrap=True
-    )
+    say(f"verified: {len(stored)} radii, {bounds} layer bounds, accuracies and hashes agree{rounding}")
     return len(stored)
 
 
@@ -74,7 +73,9 @@ def _read(path: Path) -> dict[str, Any]:
         if report["mode"] not in MODES or report["data"]["split"] not in SPLITS:
             raise TypeError("an unknown mode or split")
         entries = report["results"]["certified_accuracy"]
-        if not entries or not all(isinstance(e["eps"], str) and e["eps"] == e["eps"].strip() for e in entries):
+        if not isinstance(entries, list) or not all(
+            isinstance(e["eps"], str) and e["eps"] == e["eps"].strip() for e in entries
+        ):
             raise TypeError("radii that are none")
         return report
     except OSError as error:

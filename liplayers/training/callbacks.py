@@ -40,10 +40,14 @@ class SaveWhenInterrupted(L.Callback):
 
     Of several processes all stop when one is asked to; an exception in one of them leaves no checkpoint, since all
     must take part in writing it.
+
+    Args:
+        path: the file.
+        resume: the command that goes on from it, to be shown.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, resume: str) -> None:
+        self.path, self.resume = path, resume
         self._asked = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -73,9 +77,7 @@ class SaveWhenInterrupted(L.Callback):
         trainer.save_checkpoint(self.path)
         if not trainer.is_global_zero:
             return
-        print(
-            f"\nstopped in epoch {trainer.current_epoch + 1}; to go on: python train.py resume={self.path}", flush=True
-        )
+        print(f"\nstopped in epoch {trainer.current_epoch + 1}; to go on: {self.resume}", flush=True)
 
 
 class WeightEMA(EMAWeightAveraging):

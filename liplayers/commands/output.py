@@ -1,0 +1,76 @@
+"""What the commands print: text as it is, and nothing that goes wrong in printing may cost what it is about."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import IO, Any, TextIO, cast
+
+from rich.console import Console
+
+from liplayers.text import printable
+
+
+class ForgivingOutput(io.TextIOBase):
+    """Standard output that takes any text, and does without a reader.
+
+    What its encoding lacks is written as an escape. Once it cannot be written, because the reader has gone or the disk
+    is full, the rest goes nowhere: the results are in files by then, or a training is going on.
+
+    Attributes:
+        lost: why it cannot be written, or None.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+        self.lost: OSError | None = None
+
+    @property
+    def _target(self) -> Any:
+        stream = self._stream or sys.stdout
+        return getattr(stream, "rich_proxied_file", stream)  # below rich's own, while a progress bar is shown
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._target, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return self._target is not None and self._target.isatty()
+
+    def fileno(self) -> int:
+        return self._target.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if self._target is not None:
+            try:
+                self._target.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+            except OSError as error:
+                self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        if self._target is not None:
+            try:
+                self._target.flush()
+            except OSError as error:
+                self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        self.lost = error
+        if not isinstance(error, BrokenPipeError):
+            print(f"warning: standard output cannot be written ({error.strerror or error})", file=sys.stderr)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())  # for what is buffered, and for those who write past this object
+        os.close(nowhere)
+
+
+console = Console(file=cast(IO[str], ForgivingOutput()), markup=False, emoji=False, highlight=False)
+
+
+def say(line: object) -> None:
+    """Print one line, however long."""
+    console.print(printable(line), soft_wrap=True)
