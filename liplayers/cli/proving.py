@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,9 @@ def certify_one(
         total=len(split),
         console=console,
     )
+    if data.scaling is not None:
+        radius = data.scaling.radius(certificates.radius, split.inputs)
+        certificates = replace(certificates, radius=radius)
     if certificates.not_finite:
         console.print(f"warning: {certificates.not_finite} samples have NaN or infinite logits; they certify nothing")
     report = {
