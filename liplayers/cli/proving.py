@@ -16,12 +16,9 @@ from liplayers.certification import Certificates, CertifiedNetwork
 from liplayers.certification import certify as certify_network
 from liplayers.certification import report as reports
 from liplayers.checkpoint import Checkpoint
-from liplayers.cli.configuration import build, check_config, plain
+from liplayers.cli.configuration import build, check_config, plain, unasked
 from liplayers.data.base import DataModule
 from liplayers.errors import CheckpointError, ConfigError, UnknownNameError
-
-# what a checkpoint must not make a certification do: fetch or write files, change the inputs
-NOT_FOR_CERTIFYING: dict[str, Any] = {"download": False, "cache": None, "augment": []}
 
 console = Console()
 
@@ -105,8 +102,9 @@ def certify_one(
 
 def _data_config(checkpoint: Checkpoint, cfg: DictConfig) -> dict[str, Any]:
     """The data config of the checkpoint with what the command line changes; by itself it must not write files."""
-    config = dict(checkpoint.config["data"])
-    config.update({key: value for key, value in NOT_FOR_CERTIFYING.items() if key in config})
+    config = unasked(checkpoint, checkpoint.config["data"])
+    if "augment" in config:
+        config["augment"] = []  # not to train with
     for key, value in plain(cfg.data).items():
         if key == "split" or value is None:
             continue
