@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import struct
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,10 @@ from liplayers.errors import CheckpointError
 
 KEY = "liplayers"
 _PREFIX = "model."
+
+# What is walked through has at most so many parts and levels, a container that occurs twice counted twice: a few lists
+# within one another may stand for billions. Configs have some hundred parts, optimizer states some for each tensor.
+_PARTS_OF_ENTRY, _PARTS, _LEVELS = 10**5, 10**6, 50
 
 
 def describe(config: dict[str, Any], input_shape: tuple[int, ...], class_names: tuple[str, ...]) -> dict[str, Any]:
@@ -85,6 +92,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: a torch file, but not a checkpoint of liplayers (no entry {KEY!r}); train with train.py"
         )
+    _check_parts(path, content[KEY], _PARTS_OF_ENTRY)
+    _check_parts(path, content, _PARTS)
     entry, state = content[KEY], content["state_dict"]
     try:
         if not all(isinstance(entry["config"][key], dict) for key in ("model", "data")):
@@ -104,12 +113,36 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path}: its entry {KEY!r} is incomplete ({error}); train again") from None
 
 
+def _check_parts(path: Path, content: Any, most: int) -> None:
+    """Raise where a walk through containers would take more than so many steps, or never end."""
+    levels: list[Iterator[Any]] = [iter([content])]
+    parts = 0
+    while levels:
+        for value in levels[-1]:
+            parts += 1 + (len(value) // 100 if isinstance(value, (str, bytes)) else 0)
+            if parts > most or len(levels) > _LEVELS:
+                raise CheckpointError(
+                    f"{path}: holds containers of more than {most:,} parts or {_LEVELS} levels; it is no checkpoint of "
+                    "liplayers, which are smaller"
+                )
+            if isinstance(value, dict):
+                levels.append(chain.from_iterable(value.items()))
+                break
+            if isinstance(value, (list, tuple, set, frozenset)):
+                levels.append(iter(value))
+                break
+        else:
+            levels.pop()
+
+
 def load_tensors(path: Path) -> Any:
     """What a file of `torch.save` holds, with weights_only=True.
 
     Raises:
         CheckpointError: truncated, unreadable, or holding more than tensors and plain containers.
     """
+    if _is_compressed(path):
+        raise CheckpointError(f"{path}: is compressed, which torch.save never does; save it with torch.save")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -120,3 +153,12 @@ def load_tensors(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):
         raise CheckpointError(f"{path}: truncated, or not a checkpoint at all") from None
+
+
+def _is_compressed(path: Path) -> bool:
+    """Whether a zip archive may grow in memory by any factor."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+    except (OSError, ValueError, NotImplementedError, struct.error, zipfile.BadZipFile):
+        return False  # torch will say what it is

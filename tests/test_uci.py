@@ -156,7 +156,7 @@ def test_the_result_is_what_certify_says_of_the_trained_model(root):
     torch.manual_seed(0)
     model = METHODS[method](3, 3, 6, 2)
     generator = torch.Generator().manual_seed(uci_jobs.zlib.crc32(b"flowers 1 0"))
-    train_alone(model, data.features, data.labels, shuffled_batches(rows, 18, 30, generator), recipe)
+    train_alone(model, data.features.float(), data.labels, shuffled_batches(rows, 18, 30, generator), recipe)
     test = data.test[:, 1]
     network = CertifiedNetwork(model, (3,), 3)
     certificates = certify(network, [(data.features[test], data.labels[test])], input_range=None)

@@ -72,7 +72,7 @@ def run_job(data: UCISet, method: str, configuration: Configuration) -> Result:
             models.append(METHODS[method](features, classes, width, depth))
         generator = torch.Generator().manual_seed(zlib.crc32(f"{data.name} {fold} {seed}".encode()))
         batches.append(shuffled_batches(training, size, recipe.steps, generator))
-    train_together(models, data.features, data.labels, torch.stack(batches, 1), recipe)
+    train_together(models, data.features.float(), data.labels, torch.stack(batches, 1), recipe)
     certified = [
         {"fold": fold, "seed": seed} | _certified(model, data, rows)
         for (fold, seed), (_, rows), model in zip(runs, splits, models, strict=True)

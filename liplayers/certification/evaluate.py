@@ -30,6 +30,11 @@ class Certificates:
     margin: Tensor
     radius: Tensor
 
+    def __post_init__(self) -> None:
+        shapes = {name: tuple(column.shape) for name, column in vars(self).items()}
+        if set(shapes.values()) != {self.label.shape[:1]}:  # others would be compared with each other
+            raise ShapeError(f"Certificates: got {shapes}; expected one number for each sample, (N,)")
+
     @property
     def correct(self) -> Tensor:
         return self.label == self.prediction
@@ -65,14 +70,15 @@ def certify(
 
     Args:
         network: the classifier with its proven constants.
-        batches: (inputs, labels).
+        batches: (inputs, labels). Certified are the float64 numbers that the inputs stand for; labels are class
+            numbers, integers (N,).
         input_range: what every input must lie within; None for any finite number.
         total: number of samples, for the progress bar.
         console: where the progress bar goes; None shows none.
 
     Raises:
         ShapeError: inputs of another shape than the network's, logits of another size than its classes.
-        DataError: no samples, inputs that are NaN, infinite, or outside `input_range`.
+        DataError: no samples, inputs that are NaN, infinite, or outside `input_range`, labels that are no classes.
 
     >>> from liplayers import AOLLinear
     >>> certify(CertifiedNetwork(AOLLinear(2, 2), (2,), 2), [(torch.rand(3, 2), torch.tensor([0, 1, 0]))]).radius.shape
@@ -93,11 +99,12 @@ def certify(
         done = 0
         for inputs, labels in batches:
             _check_inputs(inputs, network.input_shape, input_range, done)
+            labels = _classes(labels, len(inputs), network.num_classes, done)
             logits = network(inputs).cpu()
             prediction = torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
             best = logits.topk(2, 1).values
             radius = network.radius(inputs, logits)
-            for column, value in zip(columns, (labels.cpu(), prediction, best[:, 0] - best[:, 1], radius), strict=True):
+            for column, value in zip(columns, (labels, prediction, best[:, 0] - best[:, 1], radius), strict=True):
                 column.append(value)
             done += len(inputs)
             bar.update(task, completed=done)
@@ -116,6 +123,8 @@ def _check_inputs(
             f"{tuple(input_shape)}{' (channels, height, width); set data.image_size or' if images else ';'} use the "
             "data set it was trained on"
         )
+    if inputs.is_complex():
+        raise DataError(f"samples from {done} on: inputs are {inputs.dtype}; expected real numbers")
     low, high = input_range or (-torch.inf, torch.inf)
     wrong = ~(inputs.isfinite() & (inputs >= low) & (inputs <= high))
     if wrong.any():
@@ -125,3 +134,22 @@ def _check_inputs(
             ("feature", "a finite number") if input_range is None else ("pixel", f"pixels in [{low:g}, {high:g}]")
         )
         raise DataError(f"sample {done + position[0]}, {what} {tuple(position[1:])}: {value}; expected {expected}")
+
+
+def _classes(labels: Tensor, samples: int, num_classes: int, done: int) -> Tensor:
+    """The labels of a batch, int64 on the CPU; raises unless they are one class for each sample."""
+    where = f"samples from {done} on"
+    whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex() or labels.is_meta)
+    if not whole or labels.dtype == torch.bool or labels.dim() != 1:
+        found = (
+            f"{labels.dtype} {tuple(labels.shape)} on {labels.device}" if isinstance(labels, Tensor) else type(labels)
+        )
+        raise DataError(f"{where}: labels are {found}; expected class numbers, integers of shape (N,)")
+    if len(labels) != samples:
+        raise DataError(f"{where}: {samples} inputs but {len(labels)} labels; give one label for each input")
+    labels = labels.cpu().long()
+    wrong = ((labels < 0) | (labels >= num_classes)).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise DataError(f"sample {done + row} has label {labels[row]}; expected 0 … {num_classes - 1}")
+    return labels

@@ -123,6 +123,8 @@ class CertifiedNetwork(nn.Module):
             raise ArgumentError("the weights of this CertifiedNetwork were written to: make another for the new ones")
         with torch.no_grad():
             logits = (self(inputs) if logits is None else logits).detach().cpu().double()
+            if len(logits) != len(inputs):
+                raise ShapeError(f"{len(inputs)} inputs but the logits of {len(logits)}")
             constants = self.margin_lipschitz.double().cpu()
             radius = certified_radius(logits, constants)
             if self._analysis is None:

@@ -39,6 +39,12 @@ def certified_radius(logits: Tensor, margin_lipschitz: Tensor, logit_error: Tens
             f"certified_radius: got logits {tuple(logits.shape)} and margin_lipschitz "
             f"{tuple(margin_lipschitz.shape)}; expected (N, K) with K ≥ 2 and (K, K)"
         )
+    if not logits.is_floating_point():
+        raise ArgumentError(f"certified_radius: logits are {logits.dtype}; expected floating-point numbers")
+    if logit_error is not None and logit_error.shape != logits.shape:
+        raise ShapeError(
+            f"certified_radius: logit_error is {tuple(logit_error.shape)}, expected {tuple(logits.shape)} as the logits"
+        )
     u = torch.finfo(logits.dtype).eps / 2
     prediction = logits.argmax(1, keepdim=True)
     margin = (logits.gather(1, prediction) - logits) * (1 - 4 * u)
@@ -57,9 +63,22 @@ def certified_radius(logits: Tensor, margin_lipschitz: Tensor, logit_error: Tens
 def certified_accuracy(radius: Tensor, correct: Tensor, epsilon: float) -> float:
     """The share of points that are predicted rightly with R ≥ ε, ε rounded up to the next float.
 
+    Args:
+        radius: (N,).
+        correct: (N,), booleans.
+        epsilon: the radius ε.
+
+    Raises:
+        ShapeError: other shapes, or `correct` of numbers.
+
     >>> certified_accuracy(torch.tensor([1.0, 0.5]), torch.tensor([True, True]), 0.7)
     0.5
     """
+    if radius.dim() != 1 or correct.shape != radius.shape or correct.dtype != torch.bool:
+        raise ShapeError(
+            f"certified_accuracy: got radius {tuple(radius.shape)} and correct {tuple(correct.shape)} of "
+            f"{correct.dtype}; expected (N,) and (N,) of torch.bool"
+        )
     threshold = math.nextafter(epsilon, math.inf)
     return (correct & (radius.double() >= threshold)).double().mean().item()
 

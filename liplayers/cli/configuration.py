@@ -22,6 +22,9 @@ from liplayers.text import one_line as one_line
 TRUSTED = ("liplayers.models", "liplayers.data", "liplayers.losses", "liplayers.training", "torch.optim", "lightning")
 LAYERS = ("liplayers", "liplayers.layers")  # where a config may name a layer; of these packages nothing else
 
+# settings of data that fetch or write files, as they are where a checkpoint alone asks for more
+UNASKED: dict[str, Any] = {"download": False, "cache": None}
+
 
 def build(node: DictConfig, **arguments: Any) -> Any:
     """Instantiate a config node; what its target says about bad arguments comes out in one line."""
@@ -69,6 +72,17 @@ def check_config(checkpoint: Checkpoint, node: Any, allow: Any) -> None:
             check_config(checkpoint, value, packages)
     elif not isinstance(node, (str, int, float, bool, type(None))) or not _is_plain(node):
         raise CheckpointError(f"{checkpoint.path}: its config holds {node!r:.80}; expected plain numbers and strings")
+
+
+def unasked(checkpoint: Checkpoint, node: Any) -> Any:
+    """A checkpoint's data config, or a part of it, that by itself makes no command fetch or write files."""
+    if isinstance(node, list):
+        return [unasked(checkpoint, value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    if "_args_" in node:
+        raise CheckpointError(f"{checkpoint.path}: its data config has arguments without names; expected names for all")
+    return {key: UNASKED[key] if key in UNASKED else unasked(checkpoint, value) for key, value in node.items()}
 
 
 def _is_plain(value: Any) -> bool:

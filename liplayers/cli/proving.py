@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,10 @@ from liplayers.certification import Certificates, CertifiedNetwork
 from liplayers.certification import certify as certify_network
 from liplayers.certification import report as reports
 from liplayers.checkpoint import Checkpoint
-from liplayers.cli.configuration import build, check_config, plain
+from liplayers.cli.configuration import build, check_config, plain, unasked
 from liplayers.commands.output import console, say
 from liplayers.data.base import DataModule
 from liplayers.errors import CheckpointError, ConfigError, UnknownNameError
-
-# what a checkpoint must not make a certification do: fetch or write files, change the inputs
-NOT_FOR_CERTIFYING: dict[str, Any] = {"download": False, "cache": None, "augment": []}
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,9 @@ def certify_one(
         total=len(split),
         console=console,
     )
+    if data.scaling is not None:
+        radius = data.scaling.radius(certificates.radius, split.inputs)
+        certificates = replace(certificates, radius=radius)
     if certificates.not_finite:
         say(f"warning: {certificates.not_finite} samples have NaN or infinite logits; they certify nothing")
     report = {
@@ -100,8 +100,9 @@ def certify_one(
 
 def _data_config(checkpoint: Checkpoint, cfg: DictConfig) -> dict[str, Any]:
     """The data config of the checkpoint with what the command line changes; by itself it must not write files."""
-    config = dict(checkpoint.config["data"])
-    config.update({key: value for key, value in NOT_FOR_CERTIFYING.items() if key in config})
+    config = unasked(checkpoint, checkpoint.config["data"])
+    if "augment" in config:
+        config["augment"] = []  # not to train with
     for key, value in plain(cfg.data).items():
         if key == "split" or value is None:
             continue

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from liplayers.certification import parse_radius
 from liplayers.checkpoint import Checkpoint, load_checkpoint
-from liplayers.cli.configuration import build, check_config, integer, one_line, plain, radii
+from liplayers.cli.configuration import UNASKED, build, check_config, integer, one_line, plain, radii, unasked
 from liplayers.commands.output import say
 from liplayers.commands.quoting import command, hydra_override
 from liplayers.data import DataModule
@@ -188,7 +188,8 @@ def _resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """The config of the checkpoint to resume, with the single values that were overridden on the command line."""
     checkpoint = load_checkpoint(cfg.resume)
     check_config(checkpoint, checkpoint.config, cfg.allow)
-    config = OmegaConf.create(checkpoint.config)
+    data = {key: unasked(checkpoint, checkpoint.config[key]) for key in ("data", "extra") if key in checkpoint.config}
+    config = OmegaConf.create(checkpoint.config | data)
     for key in set(cfg) - set(config):  # settings that are newer than the checkpoint
         config[key] = cfg[key]
     config.resume, config.output = cfg.resume, cfg.output
@@ -200,6 +201,10 @@ def _resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 f"or set single values such as trainer.max_epochs=50"
             )
         OmegaConf.update(config, key, override.value(), force_add=True)
+    for key, value in UNASKED.items():
+        asked = checkpoint.config["data"].get(key, value)
+        if asked != value and config.data.get(key) == value:
+            say(f"data.{key}={asked} of {cfg.resume} is left out, as it writes files; to have it, give it here")
     return config
 
 

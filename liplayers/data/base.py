@@ -29,12 +29,12 @@ _CHUNK = 4096
 
 @dataclass(frozen=True, eq=False)
 class Split(Dataset[Batch]):
-    """One split of a data set: inputs held once in memory, handed out as float32; uint8 as value / 255.
+    """One split of a data set: inputs held once in memory, handed out as they are; uint8 as value / 255 in float32.
 
     Indexing takes one index, a slice, or a whole list or tensor of indices, and gives (inputs, labels).
 
     Args:
-        store: all inputs kept, (N, *shape), uint8 or float32; shared between splits.
+        store: all inputs kept, (N, *shape), uint8, float32 or float64; shared between splits.
         labels: int64 class indices, one for each sample of this split.
         sources: the file name of each sample of this split, or None where there are no files.
         rows: which rows of `store` belong to this split, in order; None for all.
@@ -55,12 +55,11 @@ class Split(Dataset[Batch]):
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Batch:
         rows = index if self.rows is None else self.rows[index]
         inputs = self.store[rows]
-        inputs = inputs.float().div_(255) if inputs.dtype == torch.uint8 else inputs.float()
-        return inputs, self.labels[index]
+        return inputs.float().div_(255) if inputs.dtype == torch.uint8 else inputs, self.labels[index]
 
     @cached_property
     def inputs(self) -> Tensor:
-        """The inputs of this split as stored (uint8 or float32); copied on first use when it shares its store."""
+        """The inputs of this split as stored; copied on first use when it shares its store."""
         return self.store if self.rows is None else self.store[self.rows]
 
     @property
@@ -119,14 +118,38 @@ class Mixture(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class Scaling:
-    """How the features of a table were standardised: (x − mean)/std, or None where they came so.
+    """How the features of a table were standardised: (x − mean)/std in float64, or None where they came so.
 
-    A certified ℓ2 radius R of the standardised features lets feature j alone move by R·std_j of its own unit.
+    A certified ℓ2 radius R of the standardised features, less what `radius` takes off, lets feature j alone move by
+    R·std_j of its own unit.
     """
 
     names: tuple[str, ...]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+
+    def radius(self, radius: Tensor, inputs: Tensor) -> Tensor:
+        """What is left of certified radii where reading and standardising round: it holds for the file's own numbers.
+
+        Args:
+            radius: (N,) float64, certified for the inputs.
+            inputs: (N, d), the standardised features as computed.
+
+        Returns:
+            (N,): r such that every table row x' with ‖(x' − x)/std‖₂ ≤ r, read and standardised, is within the given
+            radius of x, read and standardised. The same where there is no mean and std.
+        """
+        if self.mean is None or self.std is None:
+            return radius
+        # Of z = (x − mean)/std three steps make ẑ: x is read within 8u (pandas before 3.1 does not round to nearest),
+        # |x| ≤ std·|z| + |mean|; the difference and the quotient are rounded. So |ẑ − z| ≤ 11u|z| + (1 + 3u)c, with
+        # c = (8u|mean| + 2⁻¹⁰⁷⁴)/std + 2⁻¹⁰⁷⁴. It counts at x and at x', ‖z'‖ ≤ ‖z‖ + r: R may be r(1 + 12u) + 23u‖ẑ‖ +
+        # 3‖c‖. The rest pays for rounding here and in R·std.
+        u = torch.finfo(torch.float64).eps / 2
+        mean, std = (torch.tensor(column, dtype=torch.float64) for column in (self.mean, self.std))
+        c = (8 * u * mean.abs() + 2.0**-1074) / std + 2.0**-1074
+        error = 24 * u * inputs.double().abs().sum(1) + 4 * c.sum()
+        return ((radius - error) * (1 - 32 * u)).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -212,11 +235,13 @@ def validate_inputs(
     if not inputs.is_floating_point():
         raise DataError(f"{where}: inputs must be floating point, got {inputs.dtype}")
     validate_labels(labels, len(inputs), num_classes, where, "inputs", sources)
-    place = first_wrong(inputs, lambda part: ~part.isfinite())
+    place = first_wrong(inputs, lambda part: ~part.float().isfinite())  # as a network in training sees them
     if place is not None:
+        value = inputs[place].item()
+        wrong = "beyond the range of float32" if np.isfinite(value) else "not finite"
         raise DataError(
-            f"{where}: {sample_name(place[0], sources)} has {inputs[place].item():g} at {place[1:]}, which is not "
-            "finite; repair or remove the sample"
+            f"{where}: {sample_name(place[0], sources)} has {value:g} at {place[1:]}, which is {wrong}; repair or "
+            "remove the sample"
         )
 
 
@@ -361,8 +386,12 @@ class MixedBatchSampler(BatchSampler):
             yield torch.cat([own, self.size + more])
 
 
-def _as_is(batch: Any) -> Any:
+def _as_is(batch: Any) -> Batch:
     return batch
+
+
+def _in_float32(batch: Any) -> Batch:
+    return batch[0].float(), batch[1]
 
 
 def _takes_generator(module: nn.Module) -> bool:
@@ -375,7 +404,10 @@ def _check_positive(name: str, value: int) -> None:
 
 
 class DataModule(lightning.LightningDataModule):
-    """Base of the data sets: inputs of any shape in memory, float32 by the batch, labels int64.
+    """Base of the data sets: inputs of any shape in memory, labels int64.
+
+    The dataloaders that Lightning trains, validates and tests with round inputs to float32; those of `eval_loader`, and
+    with them what is certified, are as they were loaded.
 
     A subclass sets `name` and `unit` and implements `load`. Validation samples are taken from the training samples, in
     proportion to the classes, by `seed`, unless `load` gives them; the test samples stay untouched. After `setup()`,
@@ -450,7 +482,10 @@ class DataModule(lightning.LightningDataModule):
         """Loads and checks the data and sets the validation samples apart; does nothing when called again."""
         if self._splits is not None:
             return
-        loaded = self.load()
+        try:
+            loaded = self.load()
+        except MemoryError as error:
+            raise DataError(f"{self.name}: the data do not fit into memory ({error or 'no more is left'})") from None
         splits = {"train": loaded.train, "test": loaded.test}
         if loaded.val is not None:
             splits["val"] = loaded.val
@@ -572,7 +607,7 @@ class DataModule(lightning.LightningDataModule):
         )
         own = self._placed(self.split("train"))
         samples = own if self._extra is None else Mixture(own, self._extra[0].to(own.labels.device))
-        return DataLoader(samples, sampler=sampler, batch_size=None, collate_fn=_as_is)
+        return DataLoader(samples, sampler=sampler, batch_size=None, collate_fn=_in_float32)
 
     def _placed(self, split: Split) -> Split:
         """The split on the GPU that trains, if that is asked for and it fits."""
@@ -589,17 +624,20 @@ class DataModule(lightning.LightningDataModule):
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def eval_loader(self, which: str) -> DataLoader[Batch]:
-        """All samples of a split, in order and without augmentation, in batches of `eval_batch_size`."""
+        """All samples of a split as they are, in order and without augmentation, in batches of `eval_batch_size`."""
+        return self._in_order(which, _as_is)
+
+    def _in_order(self, which: str, collate: Callable[[Any], Batch]) -> DataLoader[Batch]:
         split = self._placed(self.split(which))
         sampler = BatchSampler(len(split), self.eval_batch_size, shuffle=False, drop_last=False)
-        return DataLoader(split, sampler=sampler, batch_size=None, collate_fn=_as_is)
+        return DataLoader(split, sampler=sampler, batch_size=None, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         """The validation samples; no loader at all without any, which Lightning takes as no validation."""
-        return self.eval_loader("val") if self.has_validation else []
+        return self._in_order("val", _in_float32) if self.has_validation else []
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        return self.eval_loader("test")
+        return self._in_order("test", _in_float32)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         trainer = self.trainer

@@ -11,11 +11,11 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
@@ -25,6 +25,12 @@ from liplayers.data.images import ImageDataModule
 from liplayers.errors import ArgumentError, DataError, DataNotFoundError, OutputError
 
 _EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# The formats of these endings. Pillow knows more, some of which start other programs: PostScript starts Ghostscript.
+_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+# What storage, archives and file managers put beside images, as well as names that begin with a dot; in lower case.
+_TOOL_FOLDERS = ("#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recycle", "@tmp", "__macosx", "__pycache__")
+
 _GREY = ("1", "L", "LA")
 _COLOUR = ("CMYK", "P", "PA", "RGB", "RGBA", "RGBX", "YCbCr")
 
@@ -53,24 +59,52 @@ class _Files:
         return self.root / name
 
 
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _TOOL_FOLDERS
+
+
 def _class_names(folder: Path) -> tuple[str, ...]:
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
     if not names:
         raise DataError(f"image folder: no class folders in {folder}; expected <class>/<image> there")
     return tuple(names)
 
 
+def _images(folder: Path, seen: dict[str, Path]) -> Generator[Path]:
+    """The images below a folder, links followed; `seen` are the folders that no link may lead to, by their real path.
+
+    Each folder that is looked into is added to them.
+    """
+    folders = [folder]
+    while folders:
+        folder = folders.pop()
+        real = os.path.realpath(folder)
+        if real in seen:
+            raise DataError(
+                f"image folder: {folder} is a link to {seen[real]}, whose images would count again; remove the link"
+            )
+        seen[real] = folder
+        try:
+            entries = [path for path in folder.iterdir() if not _is_hidden(path.name)]
+        except OSError as error:
+            raise DataError(f"image folder: cannot read folder {folder} ({error.strerror}); set data.root") from None
+        for path in entries:
+            if path.is_dir():
+                folders.append(path)
+            elif path.name.lower().endswith(_EXTENSIONS):
+                if path.exists() and not path.is_file():  # to read a pipe would take for ever
+                    raise DataError(f"image folder: {path} is no regular file; remove it")
+                yield path
+
+
 def _scan(root: Path, split: str, class_names: Sequence[str]) -> _Files:
     names: list[str] = []
     labels: list[int] = []
+    above = (root / split).resolve()
+    seen = {str(path): path for path in (above, *above.parents)}
     for label, class_name in enumerate(class_names):
         folder = root / split / class_name
-        found = sorted(
-            str((Path(where) / file).relative_to(root))
-            for where, _, files in os.walk(folder, followlinks=True)
-            for file in files
-            if file.lower().endswith(_EXTENSIONS)
-        )
+        found = sorted(str(path.relative_to(root)) for path in _images(folder, seen))
         if not found:
             raise DataError(f"image folder: no images in {folder}; known endings: {' '.join(_EXTENSIONS)}")
         names += found
@@ -80,13 +114,15 @@ def _scan(root: Path, split: str, class_names: Sequence[str]) -> _Files:
 
 def _opened(path: Path, use: Callable[[Image.Image], Result]) -> Result:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             return use(image)
-    except DataError:
-        raise
-    except (EOFError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:
+        reason = f"it is none of {', '.join(_FORMATS)}"
+    except Exception as error:  # damaged headers raise anything: struct.error, KeyError, ZeroDivisionError, …
+        if isinstance(error, DataError):
+            raise
         reason = " ".join(str(error).split()).replace(f" {str(path)!r}", "") or type(error).__name__
-        raise DataError(f"image folder: cannot read image {path} ({reason}); repair or remove it") from None
+    raise DataError(f"image folder: cannot read image {path} ({reason}); repair or remove it")
 
 
 def _chunks(names: Sequence[str]) -> list[Sequence[str]]:
@@ -150,10 +186,25 @@ class _Format:
 
 
 def _header(path: Path) -> tuple[str, tuple[int, int]]:
-    mode, (width, height) = _opened(path, lambda image: (image.mode, image.size))
-    if mode not in _GREY and mode not in _COLOUR:
-        raise DataError(f"image folder: {path} has pixels of kind {mode}; convert it to 8 bits a channel")
+    mode, bits, (width, height) = _opened(path, lambda image: (image.mode, _bits(image), image.size))
+    known = mode in _GREY or mode in _COLOUR
+    if bits > 8 or not known:
+        kind = f"{bits} bits a channel" if known else f"kind {mode}"
+        raise DataError(f"image folder: {path} has pixels of {kind}; convert it to 8 bits a channel")
     return mode, (height, width)
+
+
+def _bits(image: Any) -> int:
+    """The bits of a channel in the file, where they may be more than 8; of colours Pillow keeps the upper 8 only."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,)))
+    if image.format in ("PNG", "PPM"):
+        for *_, raw in image.tile:  # "RGB;16B" in a PNG; in a PPM (mode, largest value) where that is not 255
+            if isinstance(raw, tuple):
+                return int(raw[1]).bit_length()
+            if ";16" in str(raw):
+                return 16
+    return 8
 
 
 def _differs(path: Path, size: tuple[int, int], first: Path, expected: tuple[int, int]) -> DataError:
@@ -257,8 +308,14 @@ class ImageFolderData(ImageDataModule):
     """Image files in the layout root/{train,test}/<class>/…, as torchvision's ImageFolder reads it.
 
     Everything is decoded once (large images by several threads) into one uint8 tensor for each split. Images keep one
-    channel if every file of both splits is grey, else all become RGB; transparency is dropped. Classes are the sorted
-    names of the class folders, the same for both splits.
+    channel if every file of both splits is grey, else all become RGB. Classes are the sorted names of the class
+    folders, the same for both splits.
+
+    Files are BMP, JPEG, PNG, PPM/PGM, TIFF or WebP of at most 8 bits a channel, whichever of their endings they have.
+    Palettes become the colours they stand for, CMYK becomes RGB; transparency, colour profiles and the orientation that
+    a camera notes are dropped; of several frames or pages the first is taken. Names that begin with a dot, and folders
+    such as `@eaDir` and `__MACOSX`, are no part of the data. Links are followed; one to a folder above, or to one that
+    is read anyhow, is refused. What is certified is the image so decoded, and resized.
 
     With a cache the decoded images are mapped from a file, which is found again as long as names, sizes and
     modification times of the files stay the same (a file changed behind the same size and time goes unnoticed); files
@@ -277,8 +334,8 @@ class ImageFolderData(ImageDataModule):
     Raises:
         ArgumentError: an argument out of range.
         DataNotFoundError: from `setup`, when the root or a split's folder is absent.
-        DataError: from `setup`, when there are no images, the classes of the splits differ, an image cannot be read, or
-            the sizes differ.
+        DataError: from `setup`, when there are no images, the classes of the splits differ, an image cannot be read or
+            has more than 8 bits a channel, the sizes differ, or a link leads to a folder again.
         OutputError: from `setup`, when the cache cannot be written.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ from liplayers.errors import DataError, DataNotFoundError
 
 # A label above both this and the number of samples is taken for a mistake, not for so many classes.
 _MOST_CLASSES = 1000
+
+# An array of more bytes than this, and than so many for each one of the file, is taken for a zip bomb.
+_LARGE, _BYTES_OF_A_BYTE = 2**28, 100
 
 # What NumPy and zipfile raise on damaged archives, depending on where the damage is.
 _UNREADABLE = (
@@ -44,6 +48,7 @@ def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
             # NumPy would call anything unknown a pickle.
             raise DataError(f"npz data: {path} is truncated or not an .npz file; save it with np.savez")
         with np.load(path, allow_pickle=False) as archive:
+            assert isinstance(archive.zip, zipfile.ZipFile)
             missing = [name for name in ("images", "labels") if name not in archive.files]
             if missing:
                 found = ", ".join(archive.files) or "no arrays"
@@ -51,6 +56,8 @@ def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
                     f"npz data: {path} has no array {' and no '.join(missing)}; found {found}; "
                     "save them with np.savez(path, images=…, labels=…)"
                 )
+            for name in ("images", "labels"):
+                _check_claim(path, archive.zip, f"{name}.npy")
             return archive["images"], archive["labels"]
     except DataError:
         raise
@@ -64,16 +71,41 @@ def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"npz data: {path} is truncated or not an .npz file ({reason})") from None
 
 
+def _check_claim(path: Path, archive: zipfile.ZipFile, name: str) -> None:
+    """Raises unless a member holds as many bytes as its array needs, before NumPy makes room for those."""
+    member = archive.getinfo(name if name in archive.namelist() else name.removesuffix(".npy"))
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        held = member.file_size - file.tell()
+    if dtype.hasobject:
+        return  # refused by NumPy, whatever its size
+    claimed = dtype.itemsize * math.prod(shape)
+    if claimed != held:
+        raise DataError(
+            f"npz data: {path} claims an array {name.removesuffix('.npy')} of shape {shape}, {claimed:,} bytes, but "
+            f"holds {held:,}; save it again with np.savez"
+        )
+    size = path.stat().st_size
+    if claimed > max(_LARGE, _BYTES_OF_A_BYTE * size):
+        raise DataError(
+            f"npz data: {path} would grow from {size:,} to {claimed:,} bytes; if that is meant, save it uncompressed, "
+            "with np.savez"
+        )
+
+
 def _read_split(path: Path) -> Split:
     images, labels = _read_arrays(path)
     if images.dtype != np.uint8 and images.dtype.kind != "f":
         raise DataError(f"npz data: images in {path} are {images.dtype}; save uint8 (0 … 255) or float in [0, 1]")
+    if images.dtype.itemsize > 8:
+        raise DataError(f"npz data: images in {path} are {images.dtype}; save float64 at most, in which they are used")
     if labels.dtype.kind not in "iu":
         raise DataError(f"npz data: labels in {path} are {labels.dtype}; save integers")
     if images.dtype != np.uint8:
-        # Overflow to infinity is reported afterwards, with its place.
-        with np.errstate(over="ignore"):
-            images = images.astype(np.float32)
+        # Every number stays what it is.
+        images = images.astype(np.float64 if images.dtype.itemsize == 8 else np.float32)
     if images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         raise DataError(
             f"npz data: images in {path} have shape {images.shape}, which looks like (N, H, W, C); "
@@ -88,6 +120,8 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 class NpzData(ImageDataModule):
     """Two `.npz` files, each with `images` (N, C, H, W), uint8 or float in [0, 1], and integer `labels` (N,).
+
+    Images of float64 are certified as they are; training rounds them to float32.
 
     There are as many classes as the largest training label says, named by their numbers. Pickled objects in the files
     are refused, since opening them can run code.

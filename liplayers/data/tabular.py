@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,16 @@ _TEST_SEED = 20240229
 # What infer_dtype calls columns that become numbers; "empty" has missing values only, which are told apart.
 _NUMBERS = ("boolean", "integer", "floating", "mixed-integer-float", "integer-na", "empty")
 
+# Numbers as they are written in many countries, but not in a file for a program.
+_LOCAL_NUMBER = re.compile(r"\s*[+-]?\d[\d.,'’ \u00a0\u202f]*(e[+-]?\d+)?\s*%?\s*", re.ASCII | re.IGNORECASE)
+
+# Columns of a CSV file may be separated otherwise; what messages call it.
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
+
+# A parquet file may claim any number of rows in a few bytes; more cells than this, and than so many for each byte of
+# the file, are no table.
+_CELLS, _CELLS_OF_A_BYTE = 10**8, 1000
+
 
 @dataclass(frozen=True, eq=False)
 class UCISet:
@@ -34,7 +46,7 @@ class UCISet:
 
     Args:
         name: of the set.
-        features: float32 (N, d), standardised by those who prepared the files.
+        features: float64 (N, d), standardised by those who prepared the files.
         labels: int64 (N,), each class 0 … K − 1 at least once.
         test: bool (N, folds), the test rows of each fold; folds are drawn independently and overlap.
         validation: bool (N, folds), the validation rows; never test rows of the same fold.
@@ -118,8 +130,8 @@ def _uci_folders(root: str | Path) -> dict[str, Path]:
     return folders
 
 
-def _read_numbers(path: Path) -> np.ndarray:
-    """The finite numbers (N, d) of a comma-separated file, float64."""
+def _read_cells(path: Path) -> list[list[str]]:
+    """The cells of a comma-separated file, as many in each row."""
     if not path.is_file():
         raise DataNotFoundError(f"UCI data: no file {path}; unpack the set again")
     try:
@@ -136,8 +148,13 @@ def _read_numbers(path: Path) -> np.ndarray:
                 f"UCI data: {path}, row {row + 1} has {len(line)} columns, row 1 has {len(cells[0])}; every row must "
                 "have as many"
             )
+    return cells
+
+
+def _numbers(path: Path, cells: list[list[str]]) -> np.ndarray:
+    """The cells as finite numbers (N, d), float64."""
     try:
-        values = np.array(cells, dtype=np.float64)
+        values = np.array([[_float(cell) for cell in line] for line in cells])
     except ValueError:
         row, column = next((i, j) for i, line in enumerate(cells) for j, cell in enumerate(line) if not _number(cell))
         raise DataError(
@@ -147,9 +164,16 @@ def _read_numbers(path: Path) -> np.ndarray:
     return values
 
 
+def _float(cell: str) -> float:
+    """The nearest float64; not of 1_000, which Python takes for a number."""
+    if "_" in cell:
+        raise ValueError
+    return float(cell)
+
+
 def _number(cell: str) -> bool:
     try:
-        float(cell)
+        _float(cell)
     except ValueError:
         return False
     return True
@@ -164,11 +188,11 @@ def _refuse(path: Path, wrong: np.ndarray, cells: object, expected: str) -> None
 
 
 def _read_features(path: Path) -> np.ndarray:
-    values = _read_numbers(path)
+    values = _numbers(path, _read_cells(path))
     with np.errstate(over="ignore"):
-        features = values.astype(np.float32)
-    _refuse(path, ~np.isfinite(features), values, "within the range of float32")
-    return features
+        trained_on = values.astype(np.float32)
+    _refuse(path, ~np.isfinite(trained_on), values, "within the range of float32")
+    return values
 
 
 def _check_length(path: Path, values: np.ndarray, samples: int) -> None:
@@ -177,7 +201,8 @@ def _check_length(path: Path, values: np.ndarray, samples: int) -> None:
 
 
 def _read_labels(path: Path, samples: int) -> np.ndarray:
-    values = _read_numbers(path)
+    cells = _read_cells(path)
+    values = _numbers(path, cells)
     _check_length(path, values, samples)
     if values.shape[1] != 1:
         raise DataError(f"UCI data: {path} has {values.shape[1]} columns; expected one, the labels")
@@ -185,6 +210,7 @@ def _read_labels(path: Path, samples: int) -> np.ndarray:
     # More classes than rows is a gap, too; told before anything of that size is made.
     _refuse(path, values >= samples, values, f"a class number below the number of rows, {samples}")
     labels = values[:, 0].astype(np.int64)
+    _check_spelling(f"UCI data: {path}, column 1", labels.tolist(), [line[0] for line in cells], {})
     counts = np.bincount(labels)
     if len(counts) < 2:
         raise DataError(f"UCI data: {path}, column 1 holds the class 0 only; a classifier needs at least two")
@@ -197,7 +223,7 @@ def _read_labels(path: Path, samples: int) -> np.ndarray:
 
 
 def _read_marks(path: Path, samples: int) -> np.ndarray:
-    values = _read_numbers(path)
+    values = _numbers(path, _read_cells(path))
     _check_length(path, values, samples)
     _refuse(path, (values != 0) & (values != 1), values, "0 or 1")
     return values.astype(bool)
@@ -295,11 +321,13 @@ class TableData(DataModule):
 
     Each feature is standardised, (x − mean)/std, by the mean and the population standard deviation of the training
     rows, without those held out, in float64; they stand in `scaling` after `setup`. Booleans count 0 and 1. Classes are
-    the sorted distinct labels of the file. A certified ℓ2 radius R of the standardised features means: feature j alone
-    may change by R·std_j of its own unit, and all together by R·min std in ℓ2 norm of the original units.
+    the sorted distinct labels of the file; one written in two ways, as 1 and 01, is refused. A certified ℓ2 radius R of
+    the standardised features, less what `Scaling.radius` takes off as `certify.py` does, means: feature j alone may
+    change by R·std_j of its own unit, and all together by R·min std in ℓ2 norm of the original units.
 
-    Rows in messages count from 1 at the first one below the header. What pandas reads as missing in a CSV file (an
-    empty cell, NA, null, None, …) is missing here, in labels, too.
+    A CSV file is UTF-8 text with commas between columns and points in decimals. Rows in messages count from 1 at
+    the first one below the header. What pandas reads as missing in a CSV file (an empty cell, NA, null, None, …) is
+    missing here, in labels, too.
 
     Args:
         train: the file of training rows.
@@ -364,9 +392,11 @@ class TableData(DataModule):
         self.name = self.train.stem
 
     def load(self) -> Loaded:
-        table = _read_table(self.train)
+        table, written = _read_table(self.train, self.target)
         names = self._feature_names(table)
-        values, targets = _feature_values(self.train, table[names]), _targets(self.train, table[self.target])
+        spelled: dict[Label, str] = {}
+        values = _feature_values(self.train, table[names])
+        targets = _targets(self.train, table[self.target], written, spelled)
         number = {label: index for index, label in enumerate(sorted(set(targets)))}
         if len(number) < 2:
             raise DataError(
@@ -379,17 +409,17 @@ class TableData(DataModule):
             test_values, test_labels = values[test], labels[test]
             values, labels = values[train], labels[train]
         else:
-            table = _read_table(self.test)
+            table, written = _read_table(self.test, self.target)
             self._check_columns(table, names)
             test_values = _feature_values(self.test, table[names])
-            test_labels = self._test_labels(_targets(self.test, table[self.target]), number)
+            test_labels = self._test_labels(_targets(self.test, table[self.target], written, spelled), number)
         rest, taken = self._validation_rows(labels) if self.val_fraction > 0 else (torch.arange(len(labels)), None)
         mean, std = _mean_and_std(self.train, names, values[rest])
 
         def split(values: np.ndarray, labels: Tensor) -> Split:
             # Overflow to infinity is reported afterwards, with its place.
             with np.errstate(over="ignore"):
-                return Split(torch.from_numpy(((values - mean) / std).astype(np.float32)), labels)
+                return Split(torch.from_numpy((values - mean) / std), labels)
 
         return Loaded(
             train=split(values[rest], labels[rest]),
@@ -439,41 +469,85 @@ class TableData(DataModule):
         return train, test
 
 
-def _read_table(path: Path) -> pd.DataFrame:
-    """The table in a file: at least one row, columns with distinct names."""
+def _read_table(path: Path, target: str) -> tuple[pd.DataFrame, list[str] | None]:
+    """The table in a file: at least one row, columns with distinct names. And the labels as a CSV file writes them."""
     if not path.is_file():
         raise DataNotFoundError(f"table: no file {path}; set data.train and data.test to .csv or .parquet files")
     readers = {".csv": _read_csv, ".parquet": _read_parquet}
     if path.suffix.lower() not in readers:
         raise DataError(f"table: {path} is neither .csv nor .parquet; save it as one of these")
     try:
-        table = readers[path.suffix.lower()](path)
+        table, written = readers[path.suffix.lower()](path, target)
     except DataError:
         raise
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"table: {path} cannot be read ({' '.join(str(error).split())})") from None
     table.columns = table.columns.map(str)
     if table.empty:
         raise DataError(f"table: {path} has no rows")
-    return table
+    return table, written
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def _not_utf8(path: Path) -> DataError:
+    return DataError(f"table: {path} cannot be read as text in UTF-8; save it so (in Excel: CSV UTF-8)")
+
+
+def _read_csv(path: Path, target: str) -> tuple[pd.DataFrame, list[str] | None]:
     # The header on its own: pandas would make up names and rename duplicates.
     header = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False)
-    _check_header(path, header.iloc[0].tolist())
+    names = header.iloc[0].tolist()
+    _check_separator(path, names, target)
+    _check_header(path, names)
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
         try:
-            return pd.read_csv(path, low_memory=False, index_col=False)
-        except pd.errors.ParserWarning:
-            raise DataError(f"table: {path} has more columns than its header has names; name every column") from None
+            table = pd.read_csv(path, low_memory=False, index_col=False)
+        except (pd.errors.ParserWarning, pd.errors.ParserError) as error:
+            for row, cells in enumerate(_lines(path)):
+                if len(cells) > len(names):
+                    raise DataError(
+                        f"table: {path}, row {row} has more columns than its header has names ({len(cells)}, not "
+                        f"{len(names)}); name every column, write decimals with a point, and put text with commas in "
+                        "quotes"
+                    ) from None
+            raise ValueError(error) from None
+    if target not in table:
+        return table, None
+    labels = pd.read_csv(path, usecols=[target], index_col=False, dtype=str, keep_default_na=False)
+    return table, labels[target].tolist()
 
 
-def _read_parquet(path: Path) -> pd.DataFrame:
-    table = parquet.ParquetFile(path).read()
+def _lines(path: Path, separator: str = ",") -> Iterator[list[str]]:
+    """The cells of each line that is not blank."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        yield from filter(None, csv.reader(file, delimiter=separator, skipinitialspace=separator == " "))
+
+
+def _check_separator(path: Path, names: list[str], target: str) -> None:
+    """Raises where the header has the target only when something else than a comma separates its columns."""
+    if any("\0" in name for name in names):
+        raise _not_utf8(path)
+    if target in names:
+        return
+    for separator, called in _SEPARATORS.items():
+        found = [name.strip() for name in next(_lines(path, separator))]
+        if target in found or (len(names) == 1 and len(found) > 1):
+            raise DataError(
+                f"table: {path} separates its columns by {called}; expected commas, and points in decimals: save it so "
+                "(in pandas: to_csv with its defaults)"
+            )
+
+
+def _read_parquet(path: Path, target: str) -> tuple[pd.DataFrame, list[str] | None]:
+    with parquet.ParquetFile(path) as file:
+        cells = file.metadata.num_rows * file.metadata.num_columns
+        if cells > max(_CELLS, _CELLS_OF_A_BYTE * path.stat().st_size):
+            raise DataError(f"table: {path} claims {cells:,} cells in {path.stat().st_size:,} bytes; it is not a table")
+        table = file.read()
     _check_header(path, table.column_names)
-    return table.to_pandas()
+    return table.to_pandas(), None
 
 
 def _check_header(path: Path, names: list[str]) -> None:
@@ -494,10 +568,7 @@ def _feature_values(path: Path, table: pd.DataFrame) -> np.ndarray:
     for name in table:
         kind = pd.api.types.infer_dtype(table[name], skipna=True)
         if kind not in _NUMBERS:
-            raise DataError(
-                f"table: {path}, column {name!r} holds {kind} values, not numbers; one-hot encode it or leave it out "
-                "with data.features=[…]"
-            )
+            raise DataError(f"table: {path}, column {name!r} holds {kind} values, not numbers{_mend(table[name])}")
     values = np.stack([table[name].to_numpy(np.float64, na_value=np.nan) for name in table], axis=1)
     wrong = np.argwhere(~np.isfinite(values))
     if len(wrong):
@@ -510,15 +581,26 @@ def _feature_values(path: Path, table: pd.DataFrame) -> np.ndarray:
     return values
 
 
-def _targets(path: Path, column: pd.Series) -> list[Label]:
-    """The label of each row."""
+def _mend(column: pd.Series) -> str:
+    """The first value that is no number, and what to do about such."""
+    mend = "one-hot encode it or leave it out with data.features=[…]"
+    for row, value in enumerate(column.tolist()):
+        if isinstance(value, str) and not _number(value):
+            if _LOCAL_NUMBER.fullmatch(value):
+                mend = "write numbers like 1234.5, with a point and nothing between thousands"
+            return f", such as {value[:40]!r} in row {row + 1}; {mend}"
+    return f"; {mend}"
+
+
+def _targets(path: Path, column: pd.Series, written: list[str] | None, spelled: dict[Label, str]) -> list[Label]:
+    """The label of each row; `spelled` are those of other files, as they are written there."""
     where = f"table: {path}, target column {column.name!r}"
     missing = np.flatnonzero(column.isna())
     if len(missing):
         raise DataError(f"{where} is missing in row {missing[0] + 1}; label the row or remove it")
     targets = column.tolist()
     kinds = {type(target) for target in targets}
-    if not (kinds <= {str} or kinds <= {bool, int, float}):
+    if not (kinds <= {str} or kinds <= {bool} or kinds <= {int, float}):
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise DataError(f"{where} holds values of type {names}; expected text, booleans or whole numbers")
     for row, target in enumerate(targets):
@@ -526,7 +608,19 @@ def _targets(path: Path, column: pd.Series) -> list[Label]:
             raise DataError(
                 f"{where} is {target} in row {row + 1}, which is no class; expected text, booleans or whole numbers"
             )
+    _check_spelling(where, targets, [str(target) for target in targets] if written is None else written, spelled)
     return targets
+
+
+def _check_spelling(where: str, labels: Sequence[Label], written: Sequence[str], spelled: dict[Label, str]) -> None:
+    """Raises where one label is written in two ways, as 1 and 01, or text with and without spaces around it."""
+    for row, (label, text) in enumerate(zip(labels, written, strict=True)):
+        first = spelled.setdefault(label.strip() if isinstance(label, str) else label, text)
+        if text != first:
+            raise DataError(
+                f"{where} is {text!r} in row {row + 1} and {first!r} in another, which would be one class; write each "
+                "class in one way"
+            )
 
 
 def _mean_and_std(path: Path, names: list[str], values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
