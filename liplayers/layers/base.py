@@ -151,7 +151,7 @@ class ParametrizedModule(LipschitzModule):
     def _holding(self, raw: Sequence[Tensor]) -> Self:
         """This layer with other raw parameters, which no other thread writes to."""
         other = copy.copy(self)
-        other._parameters = self._parameters | dict(zip(self.raw_names, raw, strict=True))
+        other._parameters = {**self._parameters, **dict(zip(self.raw_names, raw, strict=True))}  # type: ignore[arg-type]
         return other
 
     def _compute(self, *key: Any) -> Any:
@@ -233,7 +233,7 @@ def held(settings: Sequence[Setting], general: Sequence[Setting] = ()) -> Iterat
     taken: list[Setting] = []
     try:
         with _settings_lock:
-            if not all(setting.fits for setting in settings):
+            if any(setting.holders for setting in general) or not all(setting.fits for setting in settings):
                 taken.extend(setting for setting in (*general, *settings) if setting.take())
         yield
     finally:
