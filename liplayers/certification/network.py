@@ -43,7 +43,8 @@ class _Proven:
     stored_dtypes: dict[str, torch.dtype]
     weights_distance: float
     analysis: RoundingAnalysis | None
-    default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)  # of constants that a forward makes
+    probe: Tensor  # (1, *input_shape), of which it gives these logits as long as nothing changes it
+    probed: Tensor
     roundings: dict[float, Rounding] = field(default_factory=dict)
 
 
@@ -76,8 +77,8 @@ class CertifiedNetwork(nn.Module):
 
     Raises:
         UnknownBoundError: a part without a known bound, or without a known rounding; named by its path and type.
-        ArgumentError: a part that cannot be copied or frozen. At call: a forward hook, another default dtype, or
-            subnormal numbers flushed to zero, which could change what is computed.
+        ArgumentError: a part that cannot be copied or frozen. At call: a forward hook, subnormal numbers flushed to
+            zero, or another result for a known input, by what a forward reads outside of its module.
         ShapeError: logits of another number than num_classes.
         CheckpointError: `weights` of another network.
 
@@ -110,9 +111,7 @@ class CertifiedNetwork(nn.Module):
         """The logits, (N, K); differentiable in the inputs."""
         self._check_surroundings()
         proven = self.__proven
-        inputs = self._own(inputs)
-        with exact_precision(proven.device), held(_INNER_PRODUCTS if proven.device.type == "cuda" else ()):
-            logits = proven.network(inputs)
+        logits = _evaluate(proven.network, proven.device, self._own(inputs))
         if logits.dim() != 2 or logits.shape[1] != proven.num_classes:
             raise ShapeError(f"the model has {tuple(logits.shape)} logits, the data {proven.num_classes} classes")
         return logits
@@ -263,15 +262,17 @@ class CertifiedNetwork(nn.Module):
         """Raise where something outside this object has a say in what it computes."""
         if is_changed(self):
             raise ArgumentError("a forward hook, on this CertifiedNetwork or on all modules, may change it: remove it")
-        default = self.__proven.default_dtype
-        if torch.get_default_dtype() != default:
-            raise ArgumentError(
-                f"torch's default dtype is {torch.get_default_dtype()} and was {default} when this CertifiedNetwork "
-                f"was made: call torch.set_default_dtype({default}), or make another"
-            )
         if sys.float_info.min / 2 == 0:
             raise ArgumentError(
                 "subnormal numbers are flushed to zero, which no proof counts: call torch.set_flush_denormal(False)"
+            )
+        proven = self.__proven
+        with torch.no_grad():
+            now = _evaluate(proven.network, proven.device, proven.probe.clone())
+        if not torch.allclose(now, proven.probed, rtol=0, atol=_summation(proven.probed), equal_nan=True):
+            raise ArgumentError(
+                "what a CertifiedNetwork computes has changed, by a global variable that a forward reads, a replaced "
+                "function or class, or torch's default dtype: put it back, or make another"
             )
 
     def _own(self, inputs: Tensor) -> Tensor:
@@ -299,8 +300,7 @@ class CertifiedNetwork(nn.Module):
             alone = torch.cat([self(row[None]) for row in x])
             for size in (5, 7):
                 together = self(x[:size])
-                distance = (together - alone[:size]).abs().amax()
-                if distance > 1e4 * torch.finfo(self.dtype).eps * alone.abs().amax().clamp_min(1):
+                if (together - alone[:size]).abs().amax() > _summation(alone):
                     raise UnknownBoundError("the logits of a sample depend on the other samples of its batch")
 
 
@@ -328,7 +328,23 @@ def _prove(
     if mode == "proof":
         analysis = RoundingAnalysis(network, input_shape, bounds.upper)  # which needs it on the CPU
     runs = (copy.deepcopy(network) if analysis is not None and device.type != "cpu" else network).to(device)
-    return _Proven(mode, device, input_shape, num_classes, runs, bounds, constants, stored, distance, analysis)
+    dtype = torch.float64 if mode == "proof" else _dtype(runs)
+    probe = torch.rand(1, *input_shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    probe = probe.to(device, dtype)
+    probed = _evaluate(runs, device, probe.clone())
+    return _Proven(
+        mode, device, input_shape, num_classes, runs, bounds, constants, stored, distance, analysis, probe, probed
+    )
+
+
+def _evaluate(network: nn.Module, device: torch.device, inputs: Tensor) -> Tensor:
+    with exact_precision(device), held(_INNER_PRODUCTS if device.type == "cuda" else ()):
+        return network(inputs)
+
+
+def _summation(logits: Tensor) -> float:
+    """What another order of summation may change in these logits at most, generously."""
+    return 1e4 * torch.finfo(logits.dtype).eps * max(1.0, logits.abs().amax().item())
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
