@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
 
-from liplayers.bounds.graph import evaluating, graph_bounds, trace, value_shapes
+from liplayers.bounds.graph import graph_bounds, trace, value_shapes
 from liplayers.bounds.torch_modules import RULES, Shape, torch_bound
+from liplayers.bounds.twin import trial
 from liplayers.errors import NonFiniteError, ShapeError, UnknownBoundError
 from liplayers.layers.base import LipschitzLinear, LipschitzModule
 from liplayers.layers.containers import Container
@@ -259,7 +261,9 @@ def is_changed(module: nn.Module) -> bool:
     everywhere = torch.nn.modules.module
     hooked = module._forward_hooks or module._forward_pre_hooks
     hooked = hooked or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
-    return bool(hooked) or "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__
+    # not type(module).__call__: torch replaces nn.Module's while another thread traces
+    called = next(cls for cls in type(module).__mro__ if "__call__" in vars(cls))
+    return bool(hooked) or "forward" in vars(module) or called is not nn.Module
 
 
 def _check_unchanged(module: nn.Module) -> None:
@@ -325,24 +329,22 @@ def _record_shapes(model: nn.Module, input_shape: Shape) -> dict[nn.Module, set]
     """The input shapes, without the batch, that each module sees when the model runs on zeros."""
     shapes: dict[nn.Module, set] = {}
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def record(original: nn.Module, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         given = next(iter((*args, *kwargs.values())), None)
         if isinstance(given, Tensor):
-            shapes.setdefault(module, set()).add(tuple(given.shape[1:]))
+            shapes.setdefault(original, set()).add(tuple(given.shape[1:]))
 
-    handles = [m.register_forward_hook(hook, with_kwargs=True) for m in model.modules()]
     like = _like(model)
-    try:
-        with evaluating(model):
-            model(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
-    except ShapeError:
-        raise
-    except Exception as error:  # the model's own code: anything may come out
-        raise ShapeError(
-            f"the model does not accept inputs of shape {input_shape} ({' '.join(str(error).split())}); "
-            f"pass the shape of one input without the batch dimension"
-        ) from None
-    finally:
-        for handle in handles:
-            handle.remove()
+    with trial(model) as tried:
+        for original, module in zip(model.modules(), tried.modules(), strict=True):
+            module.register_forward_hook(partial(record, original), with_kwargs=True)
+        try:
+            tried(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
+        except ShapeError:
+            raise
+        except Exception as error:  # the model's own code: anything may come out
+            raise ShapeError(
+                f"the model does not accept inputs of shape {input_shape} ({' '.join(str(error).split())}); "
+                f"pass the shape of one input without the batch dimension"
+            ) from None
     return shapes

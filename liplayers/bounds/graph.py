@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from liplayers.bounds.twin import trial, twin
 from liplayers.errors import UnknownBoundError
 from liplayers.linalg import upward
 
 Shapes = dict[fx.Node, tuple[int, ...] | None]
 
+_TRACING = threading.RLock()  # of torch's tracer, which changes nn.Module for the whole process
 _BATCHES = (5, 7)  # of the trial runs that record shapes: what is no batch has the same size in both
 
 _UNCHANGED_FUNCTIONS = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze}
@@ -59,9 +61,20 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.Graph:
     Raises:
         UnknownBoundError: it cannot be traced.
     """
-    outside = _autocast()
+    outside, tracing = _autocast(), threading.get_ident()
 
     class Tracer(fx.Tracer):
+        # while torch traces, the calls and attributes of all modules in all threads come here
+        def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            if threading.get_ident() != tracing:
+                return forward(*args, **kwargs)
+            return super().call_module(m, forward, args, kwargs)
+
+        def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+            if threading.get_ident() != tracing:
+                return attr_val
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             return is_leaf(m)
 
@@ -70,30 +83,13 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.Graph:
                 raise UnknownBoundError("its forward switches autocast, which a trace does not keep")
             return _NoInPlace(node, self)
 
-    attributes = {m: dict(vars(m)) for m in module.modules()}
     try:
-        return Tracer().trace(module)
+        with _TRACING:
+            return Tracer().trace(twin(module))  # a forward may keep what it was given; that must not be a proxy
     except UnknownBoundError:
         raise
     except Exception as error:  # tracing runs the user's code: anything may come out
         raise UnknownBoundError(f"its forward cannot be traced ({' '.join(str(error).split())})") from None
-    finally:
-        for m, before in attributes.items():  # a forward may keep what it was given; that must not be a proxy
-            vars(m).clear()
-            vars(m).update(before)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for a trial run; puts each module's mode back."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def value_shapes(module: nn.Module, graph: fx.Graph, input_shape: tuple[int, ...], like: Tensor) -> Shapes:
@@ -107,9 +103,9 @@ def value_shapes(module: nn.Module, graph: fx.Graph, input_shape: tuple[int, ...
             return value
 
     shapes: dict[fx.Node, list[tuple[int, ...]]] = {}
-    with evaluating(module):
+    with trial(module) as tried:
         for batch in _BATCHES:
-            Recorder(module, graph=graph).run(torch.zeros(batch, *input_shape, dtype=like.dtype, device=like.device))
+            Recorder(tried, graph=graph).run(torch.zeros(batch, *input_shape, dtype=like.dtype, device=like.device))
     batched = {n: tuple(s[:1] for s in found) == tuple((b,) for b in _BATCHES) for n, found in shapes.items()}
     return {n: found[0][1:] if batched[n] and found[0][1:] == found[1][1:] else None for n, found in shapes.items()}
 

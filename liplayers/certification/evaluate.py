@@ -100,10 +100,10 @@ def certify(
         for inputs, labels in batches:
             _check_inputs(inputs, network.input_shape, input_range, done)
             labels = _classes(labels, len(inputs), network.num_classes, done)
-            logits = network(inputs).cpu()
+            logits, radius = network.logits_and_radius(inputs)
+            logits = logits.cpu()
             prediction = torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
             best = logits.topk(2, 1).values
-            radius = network.radius(inputs, logits)
             for column, value in zip(columns, (labels, prediction, best[:, 0] - best[:, 1], radius), strict=True):
                 column.append(value)
             done += len(inputs)
