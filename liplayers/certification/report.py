@@ -30,6 +30,7 @@ from liplayers.text import printable
 Radii = Sequence[float | str]
 
 CSV_HEADER = ("index", "label", "prediction", "margin", "radius")
+MOST_RADII = 12  # columns of a table; the report has them all
 MOST_FEATURES = 20  # rows of a table of features; the report has them all
 
 
@@ -101,13 +102,15 @@ def _name(dtype: torch.dtype) -> str:
 
 def results_table(results: Mapping[str, Certificates], eps: Radii, title: str, unit: str) -> Table:
     """One row for each named result: clean accuracy, certified accuracy at each radius, mean radius."""
-    caption = Text(f"accuracy in %, certified at l2 radius ε of {unit}; wrong points have R = 0", "table.caption")
+    shown, more = eps[:MOST_RADII], len(eps) - MOST_RADII
+    about = f"accuracy in %, certified at l2 radius ε of {printable(unit)}; wrong points have R = 0"
+    caption = Text(about + (f"; {more} more radii are in report.json" if more > 0 else ""), "table.caption")
     table = Table(title=Text(printable(title), "table.title"), caption=caption)
     table.add_column("model", overflow="fold")
-    for heading in ["clean", *(f"ε={e}" for e in eps), "mean R"]:
+    for heading in ["clean", *(f"ε={e}" for e in shown), "mean R"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, certificates in results.items():
-        values = [certificates.clean_accuracy, *(certificates.accuracy(parse_radius(e)) for e in eps)]
+        values = [certificates.clean_accuracy, *(certificates.accuracy(parse_radius(e)) for e in shown)]
         cells = [f"{100 * value:.2f}" for value in values]
         table.add_row(Text(printable(name)), *cells, f"{certificates.mean_radius:.4f}")
     return table

@@ -34,7 +34,7 @@ from rich.text import Text
 from liplayers.certification import parse_radius
 from liplayers.certification.report import figure_writer, text_writer, write_outputs
 from liplayers.cli.configuration import one_line, radii
-from liplayers.commands.entry import front_options
+from liplayers.commands.entry import front_command, front_options
 from liplayers.commands.output import console, say
 from liplayers.commands.quoting import command, hydra_override
 from liplayers.errors import ConfigError, DataError, DataNotFoundError, LipschitzError
@@ -386,4 +386,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(front_command())

@@ -20,7 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from liplayers.commands.help import config_folder, help_text
-from liplayers.commands.output import ForgivingOutput
+from liplayers.commands.output import forgiving
 from liplayers.commands.quoting import hydra_override
 from liplayers.errors import ConfigError, LipschitzError, UnknownNameError
 from liplayers.text import one_line
@@ -59,10 +59,11 @@ def audit_command() -> None:
 
 def front_command() -> int:
     """`liplayers-front`."""
-    front_options()  # answers --help, and says what is wrong, before pandas and torch are imported
-    from liplayers.cli.front import main
+    with forgiving():
+        front_options()  # answers --help, and says what is wrong, before pandas and torch are imported
+        from liplayers.cli.front import main
 
-    return main()
+        return main()
 
 
 def front_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -93,16 +94,8 @@ def run(config_name: str, task: Callable[[DictConfig], Any], fixed: Sequence[str
     Args:
         fixed: overrides that the task makes itself, for `--help`.
     """
-    stdout = sys.stdout
-    if stdout is None:  # closed by the shell
-        _run(config_name, task, fixed)
-        return
-    sys.stdout = output = ForgivingOutput(stdout)
-    try:
+    with forgiving() as output:
         worked = _run(config_name, task, fixed)
-    finally:
-        output.flush()
-        sys.stdout = stdout
     if output.lost and not worked:
         sys.exit(1)  # what was asked for, such as --help, was to be printed
 
@@ -110,7 +103,6 @@ def run(config_name: str, task: Callable[[DictConfig], Any], fixed: Sequence[str
 def _run(config_name: str, task: Callable[[DictConfig], Any], fixed: Sequence[str]) -> bool:
     """Whether the task was run, rather than something printed by hydra."""
     asked = os.environ.get("HYDRA_FULL_ERROR")
-
     worked = False
 
     def guarded(cfg: DictConfig) -> Any:

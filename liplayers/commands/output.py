@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
@@ -66,6 +68,20 @@ class ForgivingOutput(io.TextIOBase):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())  # for what is buffered, and for those who write past this object
         os.close(nowhere)
+
+
+@contextmanager
+def forgiving() -> Iterator[ForgivingOutput]:
+    """While this lasts, everything that is printed goes through the output given."""
+    stdout = sys.stdout
+    output = ForgivingOutput(stdout)
+    if stdout is not None:  # None: closed by the shell, and what is printed goes nowhere
+        sys.stdout = output
+    try:
+        yield output
+    finally:
+        output.flush()
+        sys.stdout = stdout
 
 
 console = Console(file=cast(IO[str], ForgivingOutput()), markup=False, emoji=False, highlight=False)
