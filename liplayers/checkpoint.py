@@ -20,9 +20,8 @@ from liplayers.errors import CheckpointError
 KEY = "liplayers"
 _PREFIX = "model."
 
-# What is walked through has at most so many parts and levels, a container that occurs twice counted twice: a few lists
-# within one another may stand for billions. Configs have some hundred parts, optimizer states some for each tensor.
-_PARTS_OF_ENTRY, _PARTS, _LEVELS = 10**5, 10**6, 50
+# Configs have some hundred parts, optimizer states some for each tensor.
+_PARTS_OF_CONFIG, _PARTS, _LEVELS = 10**5, 10**6, 50
 
 
 def describe(config: dict[str, Any], input_shape: tuple[int, ...], class_names: tuple[str, ...]) -> dict[str, Any]:
@@ -92,8 +91,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: a torch file, but not a checkpoint of liplayers (no entry {KEY!r}); train with train.py"
         )
-    _check_parts(path, content[KEY], _PARTS_OF_ENTRY)
-    _check_parts(path, content, _PARTS)
+    check_parts(path, content[KEY])
+    check_parts(path, content, _PARTS)
     entry, state = content[KEY], content["state_dict"]
     try:
         if not all(isinstance(entry["config"][key], dict) for key in ("model", "data")):
@@ -113,8 +112,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path}: its entry {KEY!r} is incomplete ({error}); train again") from None
 
 
-def _check_parts(path: Path, content: Any, most: int) -> None:
-    """Raise where a walk through containers would take more than so many steps, or never end."""
+def check_parts(path: Path, content: Any, most: int = _PARTS_OF_CONFIG) -> None:
+    """Raise where containers have more than so many parts, or too many levels.
+
+    One that occurs twice counts twice: a few lists within one another may stand for billions of parts, and one within
+    itself for infinitely many.
+
+    Raises:
+        CheckpointError: naming `path`.
+    """
     levels: list[Iterator[Any]] = [iter([content])]
     parts = 0
     while levels:
@@ -122,8 +128,8 @@ def _check_parts(path: Path, content: Any, most: int) -> None:
             parts += 1 + (len(value) // 100 if isinstance(value, (str, bytes)) else 0)
             if parts > most or len(levels) > _LEVELS:
                 raise CheckpointError(
-                    f"{path}: holds containers of more than {most:,} parts or {_LEVELS} levels; it is no checkpoint of "
-                    "liplayers, which are smaller"
+                    f"{path}: holds containers of more than {most:,} parts or {_LEVELS} levels; liplayers writes none "
+                    "so large"
                 )
             if isinstance(value, dict):
                 levels.append(chain.from_iterable(value.items()))

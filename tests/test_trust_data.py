@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import struct
 import tracemalloc
@@ -20,7 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
@@ -31,6 +32,7 @@ from liplayers.certification import Certificates, CertifiedNetwork, certified_ac
 from liplayers.checkpoint import KEY, load_checkpoint
 from liplayers.cli import proving
 from liplayers.cli.configuration import build, unasked
+from liplayers.cli.front import read_run
 from liplayers.cli.train import _resumed
 from liplayers.data import MNIST, DataModule, ImageFolderData, NpzData, Scaling, TableData, read_uci
 from liplayers.data import folder as folder_module
@@ -105,10 +107,11 @@ def test_radius_left_by_rounding_holds_in_exact_arithmetic(
     begin = standardised([Fraction(value) for value in x])
     left = scaling.radius(torch.tensor([certified], dtype=torch.float64), torch.from_numpy(begin)[None]).item()
     assert 0 <= left < certified
-    norm = max(np.linalg.norm(direction), 1e-300)
+    norm = math.hypot(*direction)
+    assume(norm > 1e-6)
     for row in ([d / norm for d in direction], [1.0, 0.0, 0.0]):
         moved = [
-            Fraction(value) + Fraction(left) * Fraction(s) * Fraction(d) / Fraction(1 + 2.0**-40)
+            Fraction(value) + Fraction(left) * Fraction(s) * Fraction(d) / Fraction(1 + 2.0**-50)
             for value, s, d in zip(x, std, row, strict=True)
         ]
         end = standardised(moved)
@@ -440,6 +443,7 @@ def test_another_separator_is_named(tmp_path: Path, separator: str, name: str, d
         (ROWS.format(",").encode("utf-16-le"), ("cannot be read as text in UTF-8",)),
         (ROWS.format(",").replace("x", "ü").encode("latin-1"), ("cannot be read as text in UTF-8",)),
         (b"PK\x03\x04\xff\xfe", ("cannot be read as text in UTF-8",)),
+        ("x" * 200_000 + ";y\n1;a\n", ("cannot be read", "field larger")),
         ("sep=;\nx;y\n1;a\n", ("semicolons",)),
     ],
 )
@@ -632,6 +636,12 @@ def test_a_small_checkpoint_never_stands_for_a_huge_one(tmp_path: Path, name: st
     path = save(tmp_path / "a.ckpt", **HUGE[name])
     assert path.stat().st_size < 200_000
     fails(CheckpointError, partial(load_checkpoint, path), path, "parts")
+
+
+def test_a_small_config_of_a_run_never_stands_for_a_huge_one(tmp_path: Path) -> None:
+    levels = "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+    (tmp_path / "config.yaml").write_text(f"select_eps: 1\neps: 1\nresume: null\na0: &a0 x\n{levels}")
+    fails(DataError, partial(read_run, tmp_path, "run"), tmp_path, "parts")
 
 
 def test_a_checkpoint_of_many_classes_and_tensors_is_read(tmp_path: Path) -> None:

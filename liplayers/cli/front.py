@@ -33,6 +33,7 @@ from rich.text import Text
 
 from liplayers.certification import parse_radius
 from liplayers.certification.report import figure_writer, text_writer, write_outputs
+from liplayers.checkpoint import check_parts
 from liplayers.cli.configuration import one_line, radii
 from liplayers.commands.entry import front_command, front_options
 from liplayers.commands.output import console, say
@@ -117,6 +118,7 @@ def read_run(folder: Path, name: str) -> Run:
     """
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+        check_parts(folder / "config.yaml", config)
         (select,) = radii("select_eps", config["select_eps"])
         evaluated = {certified_name(parse_radius(eps)): str(eps) for eps in [select, *radii("eps", config["eps"])]}
         metrics = _logged(folder, resumed=config["resume"] is not None)

@@ -482,7 +482,7 @@ def _read_table(path: Path, target: str) -> tuple[pd.DataFrame, list[str] | None
         raise
     except UnicodeDecodeError:
         raise _not_utf8(path) from None
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error, pa.ArrowException) as error:
         raise DataError(f"table: {path} cannot be read ({' '.join(str(error).split())})") from None
     table.columns = table.columns.map(str)
     if table.empty:
