@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from liplayers.bounds.composition import _record_shapes, is_changed
+from liplayers.bounds.composition import _record_shapes
 from liplayers.bounds.torch_modules import Shape
 from liplayers.errors import ArgumentError, ExportError, LipschitzError, MissingPackageError, OutputError
 from liplayers.layers.activations import Householder
@@ -39,6 +39,7 @@ from liplayers.layers.frozen import (
     Placement,
     constant,
 )
+from liplayers.layers.intact import is_changed
 from liplayers.layers.lipnext import LipNeXtBlock
 from liplayers.layers.lmi import Conv2dLMIBlock, DenseLMIBlock
 from liplayers.layers.offsets import PositionEmbedding

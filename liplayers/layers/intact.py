@@ -1,0 +1,73 @@
+"""Whether a module computes what its class says: what every bound that goes by a type rests on."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from liplayers.errors import UnknownBoundError
+
+_CALL = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattribute__", "__getattr__")
+_WALK = ("__iter__", "__len__", "__getitem__", "__contains__", "keys", "values", "items")
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether something beside its class's forward has a say in what it computes."""
+    everywhere = torch.nn.modules.module
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    hooked = hooked or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
+    kind = type(module)
+    hides_method = any(inspect.isroutine(inspect.getattr_static(kind, name, None)) for name in vars(module))
+    called_otherwise = any(_static(kind, name) is not _static(nn.Module, name) for name in _CALL)
+    compiled = getattr(module, "_compiled_call_impl", None)
+    # what torch.compile makes of a module counts as the module; anything else in its place does not
+    original = getattr(compiled, "_torchdynamo_orig_callable", None)
+    replaced = compiled is not None and getattr(original, "__func__", original) is not nn.Module._call_impl
+    return bool(hooked) or hides_method or called_otherwise or replaced or walks_otherwise(module)
+
+
+def walks_otherwise(module: nn.Module) -> bool:
+    """Whether a container of modules may run others than those that it holds, or in another order."""
+    base = next((base for base in _CONTAINERS if isinstance(module, base)), None)
+    if base is None:
+        return False
+    overrides = any(_static(type(module), name) is not _static(base, name) for name in _WALK)
+    return overrides or type(module._modules) not in (dict, OrderedDict)
+
+
+def _static(kind: type, name: str) -> object:
+    return inspect.getattr_static(kind, name, None)
+
+
+def require_intact(module: nn.Module, parts: bool = True) -> None:
+    """Raise UnknownBoundError where a module, or what is in it, is changed; without `parts`, only containers in it."""
+    for name, part in module.named_modules():
+        of = f" of its {name} ({type(part).__name__})" if name else ""
+        if walks_otherwise(part):
+            raise UnknownBoundError(f"overridden methods{of} may run others than the modules that it holds")
+        if (parts or part is module) and is_changed(part):
+            raise UnknownBoundError(
+                f"a forward hook, or a replaced forward, method or __call__{of}, may change what it computes"
+            )
+
+
+def private_copy(module: nn.Module) -> nn.Module:
+    """A copy to run and to trace: its parameters share the memory of the module's, all else is its own.
+
+    Raises:
+        UnknownBoundError: it cannot be copied.
+    """
+    shared: dict[int, nn.Parameter] = {}
+    try:
+        with torch.inference_mode(False):
+            for p in module.parameters():
+                alias = p.detach().clone() if p.is_inference() else p.detach()
+                shared[id(p)] = nn.Parameter(alias, requires_grad=False)
+            return copy.deepcopy(module, shared)
+    except Exception as error:  # of the user's attributes: anything may come out
+        raise UnknownBoundError(f"it cannot be copied for a trial run ({' '.join(str(error).split())})") from None
