@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from liplayers.bounds.graph import Program, Shapes, evaluating, graph_bounds, trace
+from liplayers.bounds.graph import Program, Shapes, graph_bounds, trace
 from liplayers.bounds.torch_modules import RULES, Shape, torch_bound
 from liplayers.bounds.trial import Trial
+from liplayers.bounds.twin import private_copy, random_numbers_kept
 from liplayers.errors import ArgumentError, LipschitzError, NonFiniteError, Obstacle, ShapeError, UnknownBoundError
 from liplayers.layers.base import LipschitzLinear, LipschitzModule, executed_dtype
 from liplayers.layers.containers import Container
@@ -172,13 +173,13 @@ class _Walk:
         self.parts: dict[str, _Part] = {}
         self.refused: dict[str, list[LipschitzError]] = {}
         self.programs: dict[nn.Module, Program] = {}
-        failure = None
+        failure: LipschitzError | None = None
         self.blind = input_shape is None  # whether the shapes within the model are not known
         self.shapes: dict[nn.Module, set] = {}
         try:
             if input_shape is not None:
                 self.shapes = _record_shapes(model, tuple(input_shape))
-        except ShapeError as error:
+        except (ShapeError, UnknownBoundError) as error:  # what is unknown in it may be why
             failure, self.blind = error, True
         _check_finite(model, "")
         self.root = self._understand(model, "")
@@ -249,15 +250,15 @@ class _Walk:
         sequences = {path: [c.path for c in part.children] for path, part in self.parts.items() if part.is_sequence}
         programs = {path: part.program for path, part in self.parts.items() if part.program is not None}
         try:
-            trial = Trial(model, input_shape, _like(model), sequences, programs)
+            compared = Trial(model, input_shape, _like(model), sequences, programs)
         except UnknownBoundError as error:
             self.blind = True
             return self._refuse("", error)
-        for path, reason in trial.refused.items():
+        for path, reason in compared.refused.items():
             self._refuse(path, UnknownBoundError(reason))
         for path, program in programs.items():
-            self.parts[path].shapes = list(trial.shapes.get(program, {}).values())
-            if program not in trial.shapes and path not in trial.refused:
+            self.parts[path].shapes = list(compared.shapes.get(program, {}).values())
+            if program not in compared.shapes and path not in compared.refused:
                 self._refuse(
                     path, UnknownBoundError("the model does not call it, so that its trace cannot be compared")
                 )
@@ -267,14 +268,14 @@ class _Walk:
         for part in list(self.parts.values()):
             if part.program is None:
                 continue
-            part.shapes = part.shapes or [None]
             errors: list[UnknownBoundError] = []
-            for shapes in part.shapes:
+            for shapes in part.shapes or [None]:
                 graph_bounds(part.program.graph, lambda name: 1.0, shapes, errors)
             if self.blind and not errors:
                 errors.append(UnknownBoundError("a traced forward is compared with what it computes: pass input_shape"))
             for error in errors:
-                self._refuse(part.path, error)
+                if part.shapes or self.blind or "pass input_shape" not in str(error):  # without shapes it is refused
+                    self._refuse(part.path, error)
 
     def _refuse(self, path: str, error: LipschitzError) -> None:
         errors = self.refused.setdefault(path, [])
@@ -414,19 +415,26 @@ def _like(model: nn.Module) -> Tensor:
 
 
 def _record_shapes(model: nn.Module, input_shape: Shape) -> dict[nn.Module, set]:
-    """The input shapes, without the batch, that each module sees when the model runs on zeros."""
+    """The input shapes, without the batch, that each module sees when a copy of the model runs on zeros in eval mode.
+
+    Raises:
+        ShapeError: it does not run.
+        UnknownBoundError: it cannot be copied.
+    """
     shapes: dict[nn.Module, set] = {}
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def record(original: nn.Module, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         given = next(iter((*args, *kwargs.values())), None)
         if isinstance(given, Tensor):
-            shapes.setdefault(module, set()).add(tuple(given.shape[1:]))
+            shapes.setdefault(original, set()).add(tuple(given.shape[1:]))
 
-    handles = [m.register_forward_hook(hook, with_kwargs=True) for m in model.modules()]
     like = _like(model)
+    tried = private_copy(model).eval()
+    for original, module in zip(model.modules(), tried.modules(), strict=True):
+        module.register_forward_hook(partial(record, original), with_kwargs=True)
     try:
-        with evaluating(model):
-            model(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
+        with torch.no_grad(), random_numbers_kept():
+            tried(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
     except ShapeError:
         raise
     except Exception as error:  # the model's own code: anything may come out
@@ -434,7 +442,4 @@ def _record_shapes(model: nn.Module, input_shape: Shape) -> dict[nn.Module, set]
             f"the model does not accept inputs of shape {input_shape} ({' '.join(str(error).split())}); "
             f"pass the shape of one input without the batch dimension"
         ) from None
-    finally:
-        for handle in handles:
-            handle.remove()
     return shapes

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import Argument, map_arg
 
+from liplayers.bounds.twin import private_copy, random_numbers_kept
 from liplayers.errors import UnknownBoundError
-from liplayers.layers.intact import private_copy
 from liplayers.linalg import upward
 
 Shapes = dict[fx.Node, tuple[int, ...] | None]
@@ -131,7 +130,7 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Program:
         if part is not module and is_leaf(part):
             part._compiled_call_impl = partial(tracer.call, path)  # what nn.Module calls where there is one
     try:
-        with torch.no_grad():
+        with torch.no_grad(), random_numbers_kept():
             result = module.forward(tracer.create_proxy("placeholder", "x", (), {}))
             program.graph.output(tracer.create_arg(result))
     except UnknownBoundError:
@@ -139,19 +138,6 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Program:
     except Exception as error:  # anything may come out of the user's code
         raise UnknownBoundError(f"its forward cannot be traced ({' '.join(str(error).split())})") from None
     return program
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for a trial run; puts each module's mode back."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def graph_bounds(

@@ -3,7 +3,8 @@
 A copy of the model runs on batches of several sizes, each with gradients in another mode, and every call of a module
 that the proof goes through is recorded. A sequence has to call its children one after the other, each with what the one
 before it returned. A program runs again on what its module was given, with what the modules that it calls returned, and
-has to give the same: those are the same operations on the same numbers, so the same to the bit.
+has to give the same: those are the same operations on the same numbers, so the same to the bit. So that nothing hides
+behind zeros or NaN, both run once more on random numbers, also in the place of what the modules return.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from liplayers.bounds.graph import Program, Shapes
+from liplayers.bounds.twin import private_copy, random_numbers_kept
 from liplayers.errors import UnknownBoundError
-from liplayers.layers.intact import private_copy
 
 _RUNS: tuple[tuple[int, Callable[[], Any]], ...] = (
     (1, torch.no_grad),
@@ -42,6 +43,18 @@ class _Call:
     result: Any = None
     after: Any = None
     calls: list[_Call] = field(default_factory=list)
+
+
+class _Answers:
+    """Stands for the modules that a program calls: returns what it was given, and keeps what it was asked."""
+
+    def __init__(self, answers: Sequence[Tensor]) -> None:
+        self.left = deque(answers)
+        self.asked: list[Any] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.asked += map(_kept, (*args, *kwargs.values()))
+        return self.left.popleft().clone()
 
 
 class Trial:
@@ -78,12 +91,10 @@ class Trial:
         self._programs = {self._part(path): (path, program) for path, program in programs.items()}
         self._calls: list[_Call] = []
         largest = max(size for size, _ in _RUNS)
-        generator = torch.Generator().manual_seed(0)
-        samples = torch.randn(largest, *input_shape, generator=generator, dtype=torch.float64).to(
-            like.device, like.dtype
-        )
+        self._generator = torch.Generator().manual_seed(0)
+        samples = self._random(like.new_empty(largest, *input_shape)).detach()
         before = self._states()
-        with self._recorded(), _random_state(like.device):
+        with self._recorded(), random_numbers_kept():
             results = [self._run(samples[:size], mode) for size, mode in _RUNS]
         for path, after in self._states().items():
             names = before[path] | after
@@ -106,7 +117,7 @@ class Trial:
 
     def _run(self, samples: Tensor, mode: Callable[[], Any]) -> Any:
         with torch.inference_mode(False), mode():
-            x = samples.clone().requires_grad_(torch.is_grad_enabled()).clone()
+            x = samples.clone().requires_grad_(torch.is_grad_enabled()).clone()  # no leaf
             try:
                 result = self._model(x)
             except Exception as error:  # of the user's code: anything may come out
@@ -178,7 +189,7 @@ class Trial:
 
         try:
             values = program.run(_kept(call.before), returned)
-            same = not left and _same(values[program.output], call.after)
+            same = not left and _same(values[program.output], call.after) and self._agree_on_random(call, program)
         except Exception:  # whatever a program that is not this module's may do
             same = False
         if not same:
@@ -191,6 +202,26 @@ class Trial:
             for node, value in values.items():
                 if isinstance(value, Tensor):
                     nodes.setdefault(node, {})[batch] = tuple(value.shape)
+
+    def _agree_on_random(self, call: _Call, program: Program) -> bool:
+        x = self._random(call.before)
+        answers = [self._random(inner.after) for inner in call.calls]
+        own, traced = _Answers(answers), _Answers(answers)
+        leaves = {call.module.get_submodule(path) for path in program.calls()}
+        for leaf in leaves:
+            leaf._compiled_call_impl = own  # type: ignore[assignment]
+        try:
+            result = call.module.forward(x.clone())
+        finally:
+            for leaf in leaves:
+                del leaf._compiled_call_impl
+        values = program.run(x.clone(), lambda path, *args, **kwargs: traced(*args, **kwargs))
+        same_questions = len(own.asked) == len(traced.asked) and all(map(_same, own.asked, traced.asked))
+        return same_questions and _same(values[program.output], result)
+
+    def _random(self, like: Tensor) -> Tensor:
+        numbers = torch.randn(like.shape, generator=self._generator, dtype=torch.float64).to(like.device, like.dtype)
+        return numbers.requires_grad_(torch.is_grad_enabled()).clone()  # no leaf, which could not be written to
 
     def _states(self) -> dict[str, dict[str, str]]:
         """What a call may change and a later one read, by path of each program and a name for it."""
@@ -234,20 +265,6 @@ def _check_samples_apart(results: Sequence[Any], like: Tensor) -> None:
         distance = (result - largest).abs().amax() if result.numel() else torch.zeros(())
         if distance > _APART * unit * max(1.0, largest.abs().amax().item()):
             raise UnknownBoundError("its result for a sample depends on the other samples of its batch")
-
-
-@contextmanager
-def _random_state(device: torch.device) -> Iterator[None]:
-    """Puts torch's random numbers back to where they were, if they were drawn."""
-    states: list[tuple[Any, Tensor]] = [(torch, torch.get_rng_state())]
-    if device.type == "cuda":
-        states.append((torch.cuda, torch.cuda.get_rng_state()))
-    try:
-        yield
-    finally:
-        for owner, state in states:
-            if not torch.equal(owner.get_rng_state(), state):
-                owner.set_rng_state(state)
 
 
 def _state(module: nn.Module) -> dict[str, str]:

@@ -394,6 +394,8 @@ class FrozenHouseholder(LipschitzModule):
     def lipschitz_bound(self) -> float:
         if not self.mirrors.numel():
             return 1.0
+        if not self.mirrors.isfinite().all():
+            return math.inf
         folds = [pairs.T.tolist() for pairs in self.mirrors.double()]
         squares = (max(Fraction(p) ** 2 + Fraction(q) ** 2 for p, q in pairs) for pairs in folds)
         return upward.product(*(max(Fraction(1), 2 * square - 1) for square in squares))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections import OrderedDict
 
@@ -26,8 +25,7 @@ def is_changed(module: nn.Module) -> bool:
     called_otherwise = any(_static(kind, name) is not _static(nn.Module, name) for name in _CALL)
     compiled = getattr(module, "_compiled_call_impl", None)
     # what torch.compile makes of a module counts as the module; anything else in its place does not
-    original = getattr(compiled, "_torchdynamo_orig_callable", None)
-    replaced = compiled is not None and getattr(original, "__func__", original) is not nn.Module._call_impl
+    replaced = compiled is not None and inspect.unwrap(compiled) != module._call_impl
     return bool(hooked) or hides_method or called_otherwise or replaced or walks_otherwise(module)
 
 
@@ -54,20 +52,3 @@ def require_intact(module: nn.Module, parts: bool = True) -> None:
             raise UnknownBoundError(
                 f"a forward hook, or a replaced forward, method or __call__{of}, may change what it computes"
             )
-
-
-def private_copy(module: nn.Module) -> nn.Module:
-    """A copy to run and to trace: its parameters share the memory of the module's, all else is its own.
-
-    Raises:
-        UnknownBoundError: it cannot be copied.
-    """
-    shared: dict[int, nn.Parameter] = {}
-    try:
-        with torch.inference_mode(False):
-            for p in module.parameters():
-                alias = p.detach().clone() if p.is_inference() else p.detach()
-                shared[id(p)] = nn.Parameter(alias, requires_grad=False)
-            return copy.deepcopy(module, shared)
-    except Exception as error:  # of the user's attributes: anything may come out
-        raise UnknownBoundError(f"it cannot be copied for a trial run ({' '.join(str(error).split())})") from None
