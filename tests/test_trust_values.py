@@ -341,6 +341,41 @@ def test_what_walks_or_is_called_otherwise_is_refused(name: str, shape: tuple[in
             lp.lipschitz_bound(model, shape)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(nn.ReLU, "forward"), (nn.Sequential, "forward"), (nn.Sequential, "__iter__"), (nn.Hardtanh, "forward")],
+)
+def test_a_class_of_torch_that_was_changed_is_refused(kind: type, name: str, monkeypatch: pytest.MonkeyPatch):
+    model = nn.Sequential(lp.Scale(2.0), nn.ReLU(), nn.ReLU6())
+    assert lp.lipschitz_bound(model) == 2
+    original = getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda self, *args: original(self, *args))
+    with pytest.raises(UnknownBoundError, match=r"replaced|overridden"):
+        lp.lipschitz_bound(model)
+
+
+def test_a_weight_of_a_class_that_multiplies_otherwise_is_refused():
+    class Tenfold(Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            result = super().__torch_function__(function, types, args, kwargs or {})
+            return 10 * result if function is nn.functional.linear else result
+
+    layer = nn.Linear(4, 4)
+    del layer.weight
+    layer.register_buffer("weight", torch.eye(4).as_subclass(Tenfold))
+    with pytest.raises(UnknownBoundError, match="tensor"):
+        lp.lipschitz_bound(layer, (4,))
+
+
+def test_hooks_that_see_gradients_only_do_not_matter():
+    model = nn.Sequential(nn.ReLU(), foreign(lambda self, x: self.m(x), m=lp.Scale(2.0)))
+    for module in model.modules():
+        module.register_full_backward_hook(lambda module, given, received: None)
+    with torch.inference_mode():
+        assert lp.lipschitz_bound(model, (4,)) == 2
+
+
 def test_plain_lists_are_traced_as_they_run():
     scale = lp.Scale(2.0)
     assert lp.lipschitz_bound(foreign(in_turn, layers=nn.ModuleList([scale, nn.ReLU(), scale])), (4,)) == 4
@@ -361,6 +396,23 @@ def test_a_trial_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), state)
     assert module.seen == 0
     assert vars(module).keys() == before.keys()
+
+
+def test_a_forward_may_keep_a_result_that_it_does_not_use():
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        self.kept = x
+        return 2 * x
+
+    assert lp.lipschitz_bound(foreign(body), (4,)) == 2
+
+
+def test_what_the_first_call_decides_is_seen():
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        first, self.called = not hasattr(self, "called"), True
+        return x if first else 5 * x
+
+    with pytest.raises(UnknownBoundError, match="trace"):
+        lp.lipschitz_bound(foreign(body), (4,))
 
 
 def test_a_trace_needs_a_shape_to_be_compared():

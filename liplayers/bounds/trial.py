@@ -1,10 +1,11 @@
 """Whether a model computes what was understood of it: its traced programs against itself, on random inputs.
 
-A copy of the model runs on batches of several sizes, each with gradients in another mode, and every call of a module
-that the proof goes through is recorded. A sequence has to call its children one after the other, each with what the one
+A copy of the model runs on batches of two sizes, with gradients and without, and every call of a module that the proof
+goes through is recorded. A sequence has to call its children one after the other, each with what the one
 before it returned. A program runs again on what its module was given, with what the modules that it calls returned, and
 has to give the same: those are the same operations on the same numbers, so the same to the bit. So that nothing hides
-behind zeros or NaN, both run once more on random numbers, also in the place of what the modules return.
+behind zeros or NaN, both run again on random numbers, also in the place of what the modules return, in every mode that
+gradients have.
 """
 
 from __future__ import annotations
@@ -24,11 +25,8 @@ from liplayers.bounds.graph import Program, Shapes
 from liplayers.bounds.twin import private_copy, random_numbers_kept
 from liplayers.errors import UnknownBoundError
 
-_RUNS: tuple[tuple[int, Callable[[], Any]], ...] = (
-    (1, torch.no_grad),
-    (2, torch.inference_mode),
-    (3, torch.enable_grad),
-)
+_RUNS = ((2, torch.inference_mode), (3, torch.enable_grad))  # batches: what is none has the same size in both
+_MODES = (torch.no_grad, torch.inference_mode, torch.enable_grad)
 _INTERNAL = vars(nn.Module()).keys() - {"training"}
 _APART = 1e4  # rounding units by which logits may depend on the size of the batch
 
@@ -87,18 +85,23 @@ class Trial:
         self.refused: dict[str, str] = {}
         self._seen: dict[tuple[Program, tuple[int, ...]], dict[fx.Node, dict[int, tuple[int, ...]]]] = {}
         self._model = private_copy(model)
+        for module in self._model.modules():  # they only see gradients, but stand between what is returned and given
+            module._backward_hooks.clear()
+            module._backward_pre_hooks.clear()
         self._sequences = {self._part(path): [self._part(p) for p in parts] for path, parts in sequences.items()}
         self._programs = {self._part(path): (path, program) for path, program in programs.items()}
         self._calls: list[_Call] = []
         largest = max(size for size, _ in _RUNS)
         self._generator = torch.Generator().manual_seed(0)
         samples = self._random(like.new_empty(largest, *input_shape)).detach()
-        before = self._states()
+        results, states = [], []
         with self._recorded(), random_numbers_kept():
-            results = [self._run(samples[:size], mode) for size, mode in _RUNS]
-        for path, after in self._states().items():
-            names = before[path] | after
-            changed = next((name for name in names if before[path].get(name) != after.get(name)), None)
+            for size, mode in _RUNS:
+                results.append(self._run(samples[:size], mode))
+                states.append(self._states())  # after each run: what the first one sets shows in what the next computes
+        for path, before in states[0].items():
+            after = states[-1][path]
+            changed = next((name for name in before | after if before.get(name) != after.get(name)), None)
             if changed is not None:
                 self.refused[path] = f"a call changes {changed}, on which its forward may depend: keep no state"
         if not self.refused:
@@ -189,7 +192,11 @@ class Trial:
 
         try:
             values = program.run(_kept(call.before), returned)
-            same = not left and _same(values[program.output], call.after) and self._agree_on_random(call, program)
+            same = (
+                not left
+                and _same(values[program.output], call.after)
+                and all(self._agree_on_random(call, program, mode) for mode in _MODES)
+            )
         except Exception:  # whatever a program that is not this module's may do
             same = False
         if not same:
@@ -203,21 +210,22 @@ class Trial:
                 if isinstance(value, Tensor):
                     nodes.setdefault(node, {})[batch] = tuple(value.shape)
 
-    def _agree_on_random(self, call: _Call, program: Program) -> bool:
-        x = self._random(call.before)
-        answers = [self._random(inner.after) for inner in call.calls]
-        own, traced = _Answers(answers), _Answers(answers)
+    def _agree_on_random(self, call: _Call, program: Program, mode: Callable[[], Any]) -> bool:
         leaves = {call.module.get_submodule(path) for path in program.calls()}
-        for leaf in leaves:
-            leaf._compiled_call_impl = own  # type: ignore[assignment]
-        try:
-            result = call.module.forward(x.clone())
-        finally:
+        with torch.inference_mode(False), mode():
+            x = self._random(call.before)
+            answers = [self._random(inner.after) for inner in call.calls]
+            own, traced = _Answers(answers), _Answers(answers)
             for leaf in leaves:
-                del leaf._compiled_call_impl
-        values = program.run(x.clone(), lambda path, *args, **kwargs: traced(*args, **kwargs))
-        same_questions = len(own.asked) == len(traced.asked) and all(map(_same, own.asked, traced.asked))
-        return same_questions and _same(values[program.output], result)
+                leaf._compiled_call_impl = own  # type: ignore[assignment]
+            try:
+                result = call.module.forward(x.clone())
+            finally:
+                for leaf in leaves:
+                    del leaf._compiled_call_impl
+            values = program.run(x.clone(), lambda path, *args, **kwargs: traced(*args, **kwargs))
+            same_questions = len(own.asked) == len(traced.asked) and all(map(_same, own.asked, traced.asked))
+            return same_questions and _same(values[program.output], result)
 
     def _random(self, like: Tensor) -> Tensor:
         numbers = torch.randn(like.shape, generator=self._generator, dtype=torch.float64).to(like.device, like.dtype)
@@ -244,14 +252,14 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _without_batch(sizes: dict[int, tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The shape behind the batch dimension, from those for several sizes of the batch beyond 1; None if it has none."""
-    found = {shape[1:] for batch, shape in sizes.items() if batch > 1}
-    batched = all(shape[:1] == (batch,) for batch, shape in sizes.items() if batch > 1)
+    """The shape behind the batch dimension, from those for several sizes of the batch; None if it has none."""
+    found = {shape[1:] for shape in sizes.values()}
+    batched = all(shape[:1] == (batch,) for batch, shape in sizes.items())
     return found.pop() if batched and len(found) == 1 else None
 
 
 def _check_samples_apart(results: Sequence[Any], like: Tensor) -> None:
-    """Raise unless each sample's result is the same in all batches, up to rounding."""
+    """Raise unless each sample's result is the same in both batches, up to rounding."""
     for (size, _), result in zip(_RUNS, results, strict=True):
         if not isinstance(result, Tensor) or not result.dim() or len(result) != size:
             return  # what has no sample for each sample is refused by its shape
@@ -284,14 +292,16 @@ def _written(tensor: Tensor | None) -> tuple:
     return () if tensor is None else (id(tensor), tensor._version, tensor)
 
 
-def _text(value: Any, depth: int = 4) -> str:
+def _text(value: Any, depth: int = 3) -> str:
     """A value as far as a counter or a switch would show in it; larger tensors are results that are kept."""
     if isinstance(value, Tensor):
         return str(value.item()) if value.numel() == 1 else "tensor"
     if not depth or callable(value) or inspect.ismodule(value):
         return type(value).__name__
     if isinstance(value, Mapping):
-        return "".join(f"{key}: {_text(v, depth - 1)}," for key, v in islice(value.items(), 1000))
+        return "".join(f"{key}: {_text(v, depth - 1)}," for key, v in islice(value.items(), 100))
     if isinstance(value, (list, tuple, deque, Set)):
-        return f"{len(value)}: " + "".join(f"{_text(v, depth - 1)}," for v in islice(value, 1000))
-    return repr(value) + (_text(vars(value), depth - 1) if hasattr(value, "__dict__") else "")
+        return f"{len(value)}: " + "".join(f"{_text(v, depth - 1)}," for v in islice(value, 100))
+    with suppress(Exception):  # of the user's __repr__
+        return repr(value) + (_text(vars(value), depth - 1) if hasattr(value, "__dict__") else "")
+    return type(value).__name__

@@ -391,7 +391,7 @@ def sector(owner: object, activation: nn.Module) -> Slopes:
         return -bound, bound
     slopes = slope_range(activation)
     if slopes is None or slopes[1] <= 0:
-        mode = "in training mode " if activation.training and isinstance(activation, nn.RReLU) else ""
+        mode = "in training mode " if isinstance(activation, nn.RReLU) and activation.training else ""
         raise ArgumentError(
             f"{type(owner).__name__}: activation={activation} has {mode}no known range of slopes with a positive end; "
             f"use nn.ReLU(), nn.Tanh(), nn.GELU(), Abs() or MaxMin()"

@@ -12,7 +12,17 @@ from liplayers.errors import UnknownBoundError
 
 _CALL = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattribute__", "__getattr__")
 _WALK = ("__iter__", "__len__", "__getitem__", "__contains__", "keys", "values", "items")
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _static(kind: type, name: str) -> object:
+    return inspect.getattr_static(kind, name, None)
+
+
+# as torch has them, before anyone could put others in their place
+_TORCHS = {base for kind in vars(nn).values() if inspect.isclass(kind) for base in kind.__mro__}
+_FORWARDS = {kind: vars(kind)["forward"] for kind in _TORCHS if "forward" in vars(kind)}
+_WALKS = {kind: [_static(kind, name) for name in _WALK] for kind in (nn.Sequential, nn.ModuleList, nn.ModuleDict)}
+_TENSORS = [_static(kind, "__torch_function__") for kind in (torch.Tensor, nn.Parameter)]
 
 
 def is_changed(module: nn.Module) -> bool:
@@ -26,20 +36,20 @@ def is_changed(module: nn.Module) -> bool:
     compiled = getattr(module, "_compiled_call_impl", None)
     # what torch.compile makes of a module counts as the module; anything else in its place does not
     replaced = compiled is not None and inspect.unwrap(compiled) != module._call_impl
-    return bool(hooked) or hides_method or called_otherwise or replaced or walks_otherwise(module)
+    computes = next(base for base in kind.__mro__ if "forward" in vars(base))
+    replaced |= computes in _FORWARDS and _FORWARDS[computes] is not vars(computes)["forward"]
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    reinterpreted = any(t is not None and _static(type(t), "__torch_function__") not in _TENSORS for t in tensors)
+    return bool(hooked) or hides_method or called_otherwise or replaced or reinterpreted or walks_otherwise(module)
 
 
 def walks_otherwise(module: nn.Module) -> bool:
     """Whether a container of modules may run others than those that it holds, or in another order."""
-    base = next((base for base in _CONTAINERS if isinstance(module, base)), None)
+    base = next((base for base in _WALKS if isinstance(module, base)), None)
     if base is None:
         return False
-    overrides = any(_static(type(module), name) is not _static(base, name) for name in _WALK)
+    overrides = [_static(type(module), name) for name in _WALK] != _WALKS[base]
     return overrides or type(module._modules) not in (dict, OrderedDict)
-
-
-def _static(kind: type, name: str) -> object:
-    return inspect.getattr_static(kind, name, None)
 
 
 def require_intact(module: nn.Module, parts: bool = True) -> None:
@@ -50,5 +60,5 @@ def require_intact(module: nn.Module, parts: bool = True) -> None:
             raise UnknownBoundError(f"overridden methods{of} may run others than the modules that it holds")
         if (parts or part is module) and is_changed(part):
             raise UnknownBoundError(
-                f"a forward hook, or a replaced forward, method or __call__{of}, may change what it computes"
+                f"a forward hook, or a replaced forward, method, tensor or __call__{of}, may change what it computes"
             )
