@@ -264,7 +264,7 @@ class _Run(TorchDispatchMode):
             return abs(factor)
         if _storage(factor) in self.constant_errors:
             raise self.unknown("it multiplies entry by entry with an approximate constant")
-        return factor.abs().amax().item()
+        return factor.abs().amax().item() if factor.numel() else 0.0
 
     def weight_norms(
         self, weight: Tensor, kind: str, compute: Callable[[], tuple[float, float]]
@@ -475,7 +475,7 @@ def _multiply(run: _Run, out: Tensor, a: Any, b: Any) -> Value:
 def _divide(run: _Run, out: Tensor, a: Any, b: Any) -> Value:
     if run.depends(b):
         raise run.unknown("it divides by values that depend on the input")
-    smallest = b.detach().abs().amin().item() if isinstance(b, Tensor) else abs(b)
+    smallest = abs(b) if not isinstance(b, Tensor) else b.detach().abs().amin().item() if b.numel() else math.inf
     if not smallest:
         raise run.unknown("it divides by zero")
     # by a scalar it may be a product with the reciprocal

@@ -17,7 +17,7 @@ from liplayers.bounds import ClassifierBounds, classifier_bounds
 from liplayers.bounds.rounding import Rounding, RoundingAnalysis
 from liplayers.certification.radius import certified_radius
 from liplayers.errors import ArgumentError, CheckpointError, ShapeError, UnknownBoundError, UnknownNameError
-from liplayers.export import freeze
+from liplayers.export import check_plain, freeze
 from liplayers.layers.base import Setting, exact_precision, held
 
 MODES = ("proof", "fast")
@@ -316,6 +316,8 @@ def _prove(
     weights: Mapping[str, Tensor] | None,
 ) -> _Proven:
     distance, analysis = 0.0, None
+    if mode == "proof":
+        check_plain(model)
     with exact_precision(torch.device("cpu")):
         network = _private_copy(model).eval().requires_grad_(False)
         if mode == "proof":

@@ -70,6 +70,9 @@ class LipschitzModule(nn.Module):
         """A proven upper bound on the Lipschitz constant of the map, in exact arithmetic on the executed weights."""
         raise NotImplementedError(f"{type(self).__name__} does not implement lipschitz_bound()")
 
+    def check_parts(self) -> None:
+        """Raise ArgumentError or UnknownBoundError where its parts, as they are now, allow no bound; without norms."""
+
     def constant_errors(self) -> dict[str, float]:
         """How far buffers that stand for constants are from them, by the buffer's name; none unless a layer says so.
 
@@ -174,14 +177,24 @@ class ParametrizedModule(LipschitzModule):
 
     def executed_dtype(self) -> torch.dtype:
         """The dtype that matrix products run in here and now: the parameters', or autocast's inside its context."""
-        device = self.raw_device.type
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return getattr(self, self.raw_names[0]).dtype
+        return executed_dtype(getattr(self, self.raw_names[0]))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._kept = _Kept()  # moved or cast: the old weight is only a waste of memory
         return super()._apply(fn, recurse)
+
+
+def executed_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that products with a weight run in here and now: its own, or autocast's, which lets float64 be."""
+    device = weight.device.type
+    if device == "meta" or weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return weight.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def executed(weight: Tensor) -> Tensor:
+    """In float64, the weight that runs here and now."""
+    return weight.detach().to(executed_dtype(weight)).double()
 
 
 class Setting:

@@ -18,9 +18,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError, ShapeError, UnknownBoundError
-from liplayers.layers.activations import TIED, Householder, fold, require_slope_range, tied_channels
-from liplayers.layers.base import LipschitzModule, exact_precision
+from liplayers.layers.activations import TIED, fold, halves, require_slope_range, tied_channels
+from liplayers.layers.base import LipschitzModule, exact_precision, executed
 from liplayers.layers.containers import Container
+from liplayers.layers.intact import require_intact
 from liplayers.layers.lmi import require_sector
 from liplayers.layers.soc import polynomial
 from liplayers.linalg import upward
@@ -36,13 +37,6 @@ Size = tuple[int, int]
 def constant(value: Tensor) -> nn.Parameter:
     """A weight of a frozen module: a copy of `value`, without a gradient."""
     return nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
-
-
-def _executed(weight: Tensor) -> Tensor:
-    """In float64, what runs: rounded to autocast's dtype inside its context."""
-    device = weight.device.type
-    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return weight.detach().to(low).double()
 
 
 @dataclass(frozen=True)
@@ -264,6 +258,9 @@ class _FrozenBlock(LipschitzModule):
         y = self.outgoing(w)
         return y if self.skip is None else y + self.skip(x)
 
+    def check_parts(self) -> None:
+        require_intact(self)
+
 
 class FrozenResidualBlock(_FrozenBlock):
     """y = x − Vᵀσ(Wx + b), as an nn.Linear or nn.Conv2d for W and another for −Vᵀ: `SLLBlock`, `CPLBlock`, and conv.
@@ -273,9 +270,13 @@ class FrozenResidualBlock(_FrozenBlock):
     and circular padding. T is S^½ to a power of two, which multiplies exactly.
     """
 
-    def lipschitz_bound(self) -> float:
+    def check_parts(self) -> None:
+        super().check_parts()
         require_slope_range(self, self.activation)
-        W, V = (_executed(weight) for weight in (self.inner[0].weight, self.outgoing.weight))  # type: ignore[arg-type]
+
+    def lipschitz_bound(self) -> float:
+        self.check_parts()
+        W, V = (executed(weight) for weight in (self.inner[0].weight, self.outgoing.weight))  # type: ignore[arg-type]
         V = -V.transpose(0, 1).flip(tuple(range(2, V.dim())))
         rows, outgoing = W.flatten(1), V.flatten(1)
         s = (rows * outgoing).sum(1, keepdim=True) / rows.square().sum(1, keepdim=True)
@@ -338,8 +339,12 @@ class FrozenLMIBlock(_FrozenBlock):
             return super().forward(x[None])[0]
         return super().forward(x)
 
-    def lipschitz_bound(self) -> float:
+    def check_parts(self) -> None:
+        super().check_parts()
         require_sector(self, self.activation, self.sector)
+
+    def lipschitz_bound(self) -> float:
+        self.check_parts()
         multipliers = [self.get_buffer(f"multiplier_{i}").double() for i in range(1, len(self.inner) + 1)]
         for multiplier in multipliers:
             groups = tied_channels(self.activation, len(multiplier))
@@ -349,10 +354,10 @@ class FrozenLMIBlock(_FrozenBlock):
                     f"build a new layer with this activation"
                 )
         layers = [*self.inner, self.outgoing, *(() if self.skip is None else (self.skip,))]
-        executed = [_matrices(layer) for layer in layers]
+        matrices = [_matrices(layer) for layer in layers]
         n = len(self.inner)
         found = 0.0  # what is proven at each row of frequencies is proven at all of them for the largest constant
-        for row in zip(*executed, strict=True):
+        for row in zip(*matrices, strict=True):
             weights = ExplicitWeights(row[:n], row[n], None if self.skip is None else row[n + 1], tuple(multipliers))
             found = max(found, proven_lipschitz(weights, self.lipschitz, self.sector))
         if found == math.inf:
@@ -364,7 +369,7 @@ def _matrices(layer: nn.Module) -> Tensor:
     """What a layer multiplies by, in float64, over rows of frequencies: one row for a dense layer."""
     if isinstance(layer, FrozenFourierConv2d):
         return layer.matrices().detach().to(torch.complex128)
-    return _executed(layer.weight)[None]  # type: ignore[arg-type]
+    return executed(layer.weight)[None]  # type: ignore[arg-type]
 
 
 class FrozenHouseholder(LipschitzModule):
@@ -389,6 +394,8 @@ class FrozenHouseholder(LipschitzModule):
     def lipschitz_bound(self) -> float:
         if not self.mirrors.numel():
             return 1.0
+        if not self.mirrors.isfinite().all():
+            return math.inf
         folds = [pairs.T.tolist() for pairs in self.mirrors.double()]
         squares = (max(Fraction(p) ** 2 + Fraction(q) ** 2 for p, q in pairs) for pairs in folds)
         return upward.product(*(max(Fraction(1), 2 * square - 1) for square in squares))
@@ -397,7 +404,7 @@ class FrozenHouseholder(LipschitzModule):
         return f"channels={self.channels}, order={len(self.mirrors)}, dim={self.dim}"
 
 
-TIED[FrozenHouseholder] = TIED[Householder]
+TIED[FrozenHouseholder] = lambda activation, channels: halves(channels, activation.mirrors.shape[-1])
 
 
 class FrozenResidual(Container):
@@ -423,7 +430,7 @@ class FrozenResidual(Container):
 
     def compose_bounds(self, bounds: Sequence[float]) -> float:
         exact = (1 - self.alpha).double(), self.alpha.double()
-        pairs = [exact, (_executed(1 - self.alpha), _executed(self.alpha))]
+        pairs = [exact, (executed(1 - self.alpha), executed(self.alpha))]
         return max(
             upward.total(abs(rest.item()), upward.product(abs(weight.item()), bounds[0])) for rest, weight in pairs
         )
