@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from datetime import datetime
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import hydra
@@ -15,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from liplayers.checkpoint import run_folder
 from liplayers.cli.certify import certify
+from liplayers.cli.composing import certify_config, training_config
 from liplayers.cli.configuration import config_folder, one_line
 from liplayers.cli.train import train
 from liplayers.errors import ConfigError, LipschitzError, UnknownNameError
@@ -24,21 +23,12 @@ from liplayers.errors import ConfigError, LipschitzError, UnknownNameError
 
 def train_command() -> None:
     """`python train.py` and `liplayers-train`."""
-    arguments = sys.argv[1:]
-    resume = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), None)
-    given = any(a.lstrip("+").startswith(("output=", "hydra.run.dir=", "hydra.sweep.dir=")) for a in arguments)
-    sweep = any(a == "-m" or (len(a) > 3 and "--multirun".startswith(a)) for a in arguments)
-    if resume not in (None, "null") and not given:
-        sys.argv.append(f"output='{run_folder(resume)}'")  # a resumed run goes on in its own folder
-    elif sweep and not given:
-        # the default names the model and data of one job, which a sweep as a whole does not have
-        sys.argv.append(f"output=runs/sweep/{datetime.now():%Y-%m-%d_%H-%M-%S}")
-    run("train", train)
+    run("train", train, training_config)
 
 
 def certify_command() -> None:
     """`python certify.py` and `liplayers-certify`."""
-    run("certify", certify)
+    run("certify", certify, certify_config)
 
 
 def audit_command() -> None:
@@ -47,8 +37,16 @@ def audit_command() -> None:
     certify_command()
 
 
-def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
-    """Run a task under hydra; an error that we or the user's config caused is one line and exit status 2."""
+def run(
+    config_name: str,
+    task: Callable[[DictConfig], Any],
+    choose: Callable[[Sequence[str]], tuple[str, list[str]]],
+) -> None:
+    """Run a task under hydra; an error that we or the user's config caused is one line and exit status 2.
+
+    Args:
+        choose: the arguments → the name of the config that they change, and arguments to add.
+    """
     asked = os.environ.get("HYDRA_FULL_ERROR")
 
     def guarded(cfg: DictConfig) -> Any:
@@ -63,10 +61,15 @@ def run(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             _fail(error)
 
     guarded.__name__ = config_name
-    decorate = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes hydra raise, so that the message is ours
     try:
-        decorate(guarded)()
+        config_name, added = choose(sys.argv[1:])
+        sys.argv += added
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(guarded)()
+    except LipschitzError as error:
+        if asked == "1":
+            raise
+        _fail(error)
     except (HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
         if asked == "1":
             raise

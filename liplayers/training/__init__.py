@@ -3,7 +3,9 @@
 from liplayers.training.callbacks import EpsilonRamp as EpsilonRamp
 from liplayers.training.callbacks import ProgressBar as ProgressBar
 from liplayers.training.callbacks import SaveWhenInterrupted as SaveWhenInterrupted
+from liplayers.training.callbacks import Stopped as Stopped
 from liplayers.training.callbacks import Throughput as Throughput
+from liplayers.training.callbacks import ValidateAtEnd as ValidateAtEnd
 from liplayers.training.callbacks import WeightEMA as WeightEMA
 from liplayers.training.lookahead import Lookahead as Lookahead
 from liplayers.training.manifold import ManifoldAdamW as ManifoldAdamW
