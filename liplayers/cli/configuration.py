@@ -121,11 +121,13 @@ def _check_node(checkpoint: Checkpoint, node: Any, packages: Sequence[str], dept
         for value in node:
             _check_node(checkpoint, value, packages, depth - 1)
     elif not isinstance(node, (str, int, float, bool, type(None))) or not _is_plain(node):
-        raise CheckpointError(f"{checkpoint.path}: its config holds {node!r:.80}; expected plain numbers and strings")
+        raise CheckpointError(f"{checkpoint.path}: its config holds {_short(node)}; expected plain numbers and strings")
 
 
 def _is_plain(value: Any) -> bool:
     """Whether a value means itself to omegaconf, and can be written to a file."""
+    if isinstance(value, int):
+        return value.bit_length() <= 64  # Python does not write integers of thousands of digits
     if not isinstance(value, str):
         return True
     try:
@@ -133,6 +135,10 @@ def _is_plain(value: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return "${" not in value and "\0" not in value and value != "???"
+
+
+def _short(value: Any) -> str:
+    return "a huge integer" if isinstance(value, int) else f"{value!r:.80}"
 
 
 def _check_target(checkpoint: Checkpoint, target: str, packages: Sequence[str]) -> None:

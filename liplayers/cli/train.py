@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -24,7 +25,7 @@ from liplayers.cli.composing import GROUPS as GROUPS
 from liplayers.cli.composing import resumed
 from liplayers.cli.configuration import build, flag, integer, one_line, plain, radii, text
 from liplayers.data import DataModule
-from liplayers.errors import ConfigError, LipschitzError, OutputError
+from liplayers.errors import CheckpointError, ConfigError, LipschitzError, OutputError
 from liplayers.files import held, whole_file
 from liplayers.training import (
     CertifiedClassifier,
@@ -36,6 +37,7 @@ from liplayers.training import (
     ValidateAtEnd,
     WeightEMA,
     WholeFileCheckpointIO,
+    check_training_state,
 )
 from liplayers.training.module import certified_name
 
@@ -90,13 +92,21 @@ def train(cfg: DictConfig) -> dict[str, float]:
     )
     interruption = SaveWhenInterrupted(output / "checkpoints" / "interrupted.ckpt")
     shown = {f"{stage}/accuracy": "clean", monitor: f"ε={select:.3g}"}
-    trainer = _trainer(cfg, output, best, interruption, shown)
+    validation = ValidateAtEnd()
+    trainer = _trainer(cfg, output, [best, validation, interruption], shown)
+    if cfg.resume is not None:
+        check_training_state(Path(cfg.resume), module, trainer)
     data.train_sampler(trainer.world_size)  # before anything is written, raises where a batch cannot be shared
     with _writing(output):
         _begin(cfg, output, module, data.name, monitor)
-        trainer.fit(module, datamodule=data, ckpt_path=cfg.resume, weights_only=True)
+        with _starting(cfg, interruption):
+            trainer.fit(module, datamodule=data, ckpt_path=cfg.resume, weights_only=True)
     if interruption.asked:
         raise Stopped(128 + interruption.asked)  # after the last step: nothing to save, nor to be called done
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        _say("trainer.fast_dev_run: nothing is logged and no checkpoint is written")
+    if stage == "val" and validation.step < trainer.global_step != begun_at:
+        _say(f"steps after {validation.step} of {trainer.global_step} were not validated; best.ckpt is of those before")
     if trainer.global_step == begun_at:
         limits = ", ".join(f"trainer.{key}={cfg.trainer.get(key)}" for key in ("max_epochs", "max_steps", "max_time"))
         _say(f"nothing was left to train: {cfg.resume} is at step {begun_at}; to go on raise one of {limits}")
@@ -148,6 +158,8 @@ def _check_settings(cfg: DictConfig, output: Path) -> None:
         torch.set_num_threads(integer("threads", cfg.threads, least=1))
     if integer("trainer.max_epochs", cfg.trainer.max_epochs) < 1 and cfg.trainer.max_steps < 1:
         raise ConfigError(f"trainer.max_epochs={cfg.trainer.max_epochs}: expected at least 1, or trainer.max_steps")
+    if cfg.trainer.get("overfit_batches"):
+        raise ConfigError("trainer.overfit_batches: our batches come shuffled; use trainer.limit_train_batches")
     for name in ("overwrite", "compile", "channels_last", "data_on_device"):
         flag(name, cfg[name])
     _refuse_earlier_run(cfg, output)
@@ -165,6 +177,8 @@ def _refuse_earlier_run(cfg: DictConfig, output: Path) -> None:
 def _resumed_step(checkpoint: Checkpoint, module: CertifiedClassifier, max_epochs: int) -> int:
     """The step that a checkpoint is at; raise if its weights do not fit or it began more epochs than are asked for."""
     checkpoint.load_into(module.model)
+    if min(checkpoint.epoch, checkpoint.global_step) < 0:
+        raise CheckpointError(f"{checkpoint.path}: does not say at which epoch and step it is; train again")
     if 0 <= max_epochs <= checkpoint.epoch:
         raise ConfigError(
             f"{checkpoint.path} has reached epoch {checkpoint.epoch + 1}, trainer.max_epochs is {max_epochs}; "
@@ -182,17 +196,14 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=noise)
 
 
-def _trainer(
-    cfg: DictConfig, output: Path, best: ModelCheckpoint, interruption: SaveWhenInterrupted, shown: dict[str, str]
-) -> L.Trainer:
+def _trainer(cfg: DictConfig, output: Path, callbacks: list[Callback], shown: dict[str, str]) -> L.Trainer:
     """The trainer with its callbacks and loggers; `shown` are the metrics on the progress bar."""
     checkpoints = output / "checkpoints"
     # of every epoch, better or not, validated or not
     last = ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-    callbacks: list[Callback] = [best, last, ValidateAtEnd(), Throughput()]
+    callbacks = [*callbacks, last, Throughput()]  # the best before the last, which holds what the best is
     if cfg.ema_decay is not None:
-        callbacks.append(WeightEMA(cfg.ema_decay))
-    callbacks.append(interruption)
+        callbacks.insert(0, WeightEMA(cfg.ema_decay))  # first, to put the weights back where training is interrupted
     if cfg.save_every_steps is not None:
         callbacks.append(SaveWithinEpoch(checkpoints / "last.ckpt", cfg.save_every_steps))
     if cfg.trainer.enable_progress_bar:
@@ -231,6 +242,19 @@ def _try_optimizer(module: CertifiedClassifier) -> None:
         module.optimizer_factory(module.model.parameters())
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: {one_line(error)}") from None
+
+
+@contextmanager
+def _starting(cfg: DictConfig, interruption: SaveWhenInterrupted) -> Iterator[None]:
+    """What Lightning refuses before training begins is the fault of a setting, or of the checkpoint to go on from."""
+    try:
+        yield
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        if interruption.begun or isinstance(error, LipschitzError):
+            raise
+        if cfg.resume is not None:
+            raise CheckpointError(f"{cfg.resume}: training cannot go on from it ({one_line(error)})") from error
+        raise ConfigError(f"trainer: {one_line(error)}") from error
 
 
 @contextmanager

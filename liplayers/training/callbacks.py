@@ -47,11 +47,13 @@ class SaveWhenInterrupted(L.Callback):
     must take part in writing it.
 
     Attributes:
+        begun: whether training has begun; before, there is nothing to save.
         asked: the number of the signal that came, or 0.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.begun = False
         self.asked = 0
         self._since = 0.0
         self._at_once = False
@@ -60,6 +62,7 @@ class SaveWhenInterrupted(L.Callback):
         self._listen()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.begun = True
         self._listen()
 
     def _listen(self) -> None:
@@ -87,7 +90,7 @@ class SaveWhenInterrupted(L.Callback):
             raise Stopped(128 + (self.asked or signal.SIGTERM) if trainer.is_global_zero else 0)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self._at_once or (trainer.world_size > 1 and not isinstance(exception, Stopped)):
+        if self._at_once or not self.begun or (trainer.world_size > 1 and not isinstance(exception, Stopped)):
             return
         try:
             trainer.save_checkpoint(self.path)
@@ -105,7 +108,16 @@ class ValidateAtEnd(Checkpoint):
     """Lets training end with a validation, where it would end between two: every state that is kept can be best.
 
     A checkpoint callback, since those run after the others, of which one may stop the training.
+
+    Attributes:
+        step: of the last validation.
     """
+
+    step = 0
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
