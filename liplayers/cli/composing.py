@@ -32,7 +32,8 @@ def training_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if "resume" in given:
         resume = _value("train", overrides, "resume")
         if resume is not None:
-            _store_resumed(text("resume", resume, "a checkpoint"), _value("train", overrides, "allow"))
+            allow = _value("train", overrides, "allow") if "allow" in given else []
+            _store_resumed(text("resume", resume, "a checkpoint"), allow)
             for override in overrides:
                 refuse_group(override, resume)
             return RESUMED, []

@@ -127,6 +127,8 @@ def _data(cfg: DictConfig) -> DataModule:
     data = build(cfg.data)
     data.setup()
     if cfg.extra is not None:
+        if not isinstance(cfg.extra, DictConfig) or set(cfg.extra) != {"data", "share"}:
+            raise ConfigError(f"extra={cfg.extra}: expected {{data: {{_target_: …}}, share: 0.3}}")
         data.mix(build(cfg.extra.data), cfg.extra.share)
     data.on_device = bool(cfg.data_on_device)
     return data
@@ -156,7 +158,8 @@ def _check_settings(cfg: DictConfig, output: Path) -> None:
     integer("seed", cfg.seed)
     if cfg.threads is not None:
         torch.set_num_threads(integer("threads", cfg.threads, least=1))
-    if integer("trainer.max_epochs", cfg.trainer.max_epochs) < 1 and cfg.trainer.max_steps < 1:
+    epochs, steps = (integer(f"trainer.{key}", cfg.trainer[key]) for key in ("max_epochs", "max_steps"))
+    if epochs < 1 and steps < 1:
         raise ConfigError(f"trainer.max_epochs={cfg.trainer.max_epochs}: expected at least 1, or trainer.max_steps")
     if cfg.trainer.get("overfit_batches"):
         raise ConfigError("trainer.overfit_batches: our batches come shuffled; use trainer.limit_train_batches")
