@@ -66,6 +66,8 @@ def run(
         config_name, added = choose(sys.argv[1:])
         sys.argv += added
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(guarded)()
+    except KeyboardInterrupt:
+        sys.exit(130)  # as training does, without a traceback
     except LipschitzError as error:
         if asked == "1":
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -15,7 +16,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from liplayers.checkpoint import Checkpoint, load_checkpoint, run_folder
-from liplayers.cli.configuration import check_config, config_folder, text
+from liplayers.cli.configuration import DEEPEST, check_config, config_folder, text
 from liplayers.errors import ConfigError
 
 GROUPS = ("model", "data", "loss", "optimizer", "schedule", "trainer", "experiment")
@@ -122,6 +123,9 @@ def _literal(value: str) -> str:
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
+    for override in overrides:
+        if max(itertools.accumulate((c in "[{") - (c in "]}") for c in override)) > DEEPEST:  # quoted ones, too
+            raise ConfigError(f"{override[:40]}…: nested deeper than {DEEPEST}")
     return OverridesParser.create().parse_overrides(list(overrides))
 
 
