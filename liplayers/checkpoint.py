@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from liplayers.errors import CheckpointError
 
 KEY = "liplayers"
+MOST_STEPS = 2**53  # that a checkpoint may say it has behind it
 _PREFIX = "model."
 
 # Configs have some hundred parts, optimizer states some for each tensor.
@@ -104,12 +105,19 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             config=entry["config"],
             input_shape=tuple(int(n) for n in entry["input_shape"]),
             class_names=tuple(str(name) for name in entry["class_names"]),
-            epoch=int(content.get("epoch", -1)),
-            global_step=int(content.get("global_step", -1)),
+            epoch=_count(content, "epoch"),
+            global_step=_count(content, "global_step"),
             state_dict={k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)},
         )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: its entry {KEY!r} is incomplete ({error}); train again") from None
+
+
+def _count(content: dict[str, Any], name: str) -> int:
+    value = content.get(name, -1)
+    if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value <= MOST_STEPS:
+        raise TypeError(f"{name}={value!r:.40} is no count")
+    return value
 
 
 def check_parts(path: Path, content: Any, most: int = _PARTS_OF_CONFIG) -> None:

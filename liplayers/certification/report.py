@@ -25,6 +25,7 @@ from liplayers.certification.evaluate import Certificates
 from liplayers.certification.network import CertifiedNetwork
 from liplayers.certification.radius import parse_radius
 from liplayers.errors import OutputError
+from liplayers.files import held, save_tensors
 from liplayers.text import printable
 
 Radii = Sequence[float | str]
@@ -220,8 +221,11 @@ def write_outputs(folder: Path, writers: Mapping[str, Callable[[Path], object]])
         with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
             for name, write in writers.items():
                 write(Path(temporary) / name)
-            for name in writers:
-                os.replace(Path(temporary) / name, folder / name)
+            with held(folder, "writing", patience=60):  # of two processes, the files of one and not a mixture
+                for name in writers:
+                    os.replace(Path(temporary) / name, folder / name)
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(
             f"{folder}: cannot be written ({error.strerror or error}); choose another folder with output=…"
@@ -261,7 +265,7 @@ def text_writer(text: str) -> Callable[[Path], object]:
 
 def state_writer(state: Mapping[str, Tensor]) -> Callable[[Path], object]:
     """A writer of tensors, to be read by `torch.load(…, weights_only=True)`."""
-    return lambda path: torch.save(dict(state), path)
+    return lambda path: save_tensors(dict(state), path)
 
 
 def figure_writer(figure: Figure) -> Callable[[Path], object]:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig
 from liplayers.certification import report as reports
 from liplayers.checkpoint import Checkpoint, load_checkpoint, run_folder
 from liplayers.cli.audit import audit
-from liplayers.cli.configuration import integer, radii
+from liplayers.cli.configuration import flag, integer, radii, text
 from liplayers.cli.proving import Certified, certify_one
 from liplayers.cli.verify import verify
 from liplayers.commands.output import console, say
@@ -32,12 +32,16 @@ def certify(cfg: DictConfig) -> dict[str, Any]:
     if cfg.verify is not None:
         return {"verified": verify(cfg)}
     paths = list(cfg.ckpt) if isinstance(cfg.ckpt, ListConfig) else [cfg.ckpt]
-    if not paths or not all(isinstance(path, str) for path in paths):
+    if not paths:
         raise ConfigError(f"ckpt={cfg.ckpt}: expected a checkpoint or a list of them")
+    for path in paths:
+        text("ckpt", path, "a checkpoint or a list of them")
     checkpoints = dict(zip(_names(paths), map(load_checkpoint, paths), strict=True))
     eps = radii("eps", cfg.eps if cfg.eps is not None else next(iter(checkpoints.values())).config.get("eps", []))
-    output = Path(cfg.output) if cfg.output is not None else _default_output(list(checkpoints.values()), cfg.data.split)
-    if cfg.audit:
+    output = _default_output(list(checkpoints.values()), cfg.data.split)
+    if cfg.output is not None:
+        output = Path(text("output", cfg.output, "one folder"))
+    if flag("audit", cfg.audit):
         integer("audit_samples", cfg.audit_samples, least=1)
         if cfg.mode != "proof":
             raise ConfigError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from hydra.errors import HydraException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
@@ -21,6 +22,7 @@ from liplayers.text import one_line as one_line
 # the packages whose public names a checkpoint's config may call
 TRUSTED = ("liplayers.models", "liplayers.data", "liplayers.losses", "liplayers.training", "torch.optim", "lightning")
 LAYERS = ("liplayers", "liplayers.layers")  # where a config may name a layer; of these packages nothing else
+DEEPEST = 30  # a config within another; omegaconf recurses, and Python stops that somewhere below 400
 
 # settings of data that fetch or write files, as they are where a checkpoint alone asks for more
 UNASKED: dict[str, Any] = {"download": False, "cache": None}
@@ -28,6 +30,9 @@ UNASKED: dict[str, Any] = {"download": False, "cache": None}
 
 def build(node: DictConfig, **arguments: Any) -> Any:
     """Instantiate a config node; what its target says about bad arguments comes out in one line."""
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"got {node!r} for settings of a part; expected {{_target_: …}}")
+    _check_texts(node)
     try:
         return instantiate(node, **arguments, _convert_="all")
     except HydraException as error:
@@ -37,6 +42,41 @@ def build(node: DictConfig, **arguments: Any) -> Any:
         if cause is not None:
             raise cause from None
         raise ConfigError(f"{node.get('_target_')}: {one_line(error.__cause__ or error)}") from None
+
+
+def _check_texts(node: DictConfig) -> None:
+    """Raise where a target wants text and gets a number, such as the name of a column, or a path with a NUL."""
+    try:
+        target: Any = get_object(str(node.get("_target_")))
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except Exception:  # what cannot be imported or read, `instantiate` says
+        return
+    for key, value in node.items():
+        members = get_args(hints.get(str(key))) or (hints.get(str(key)),)
+        several = isinstance(value, ListConfig) and Sequence[str] in members
+        for one in value if several else [value]:
+            is_number = isinstance(one, (bool, int, float)) and type(one) not in members
+            if (several or str in members) and (is_number or isinstance(one, str)):
+                text(node._get_full_key(key), one)
+
+
+def text(name: str, value: Any, expected: str = "text") -> str:
+    """Text as it is; not a number, since `1_0` and `1e3` were another text before hydra read them."""
+    if not isinstance(value, str):
+        hint = ""
+        if isinstance(value, (int, float)):
+            shown = value if type(value) is int else "…"
+            hint = f", not a number; where it is a name, quote it twice: \"{name}='{shown}'\""
+        raise ConfigError(f"{name}={value}: expected {expected}{hint}")
+    if "\0" in value:
+        raise ConfigError(f"{name}={value!r}: holds a NUL character; expected {expected}")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r}: expected true or false")
+    return value
 
 
 def integer(name: str, value: Any, least: int | None = None) -> int:
@@ -59,19 +99,27 @@ def radii(name: str, value: Any) -> list[float | str]:
 
 def check_config(checkpoint: Checkpoint, node: Any, allow: Any) -> None:
     """A checkpoint must not choose what code runs: numbers, strings, lists, dicts, and targets that are known."""
-    packages = [allow] if isinstance(allow, str) else list(allow)
+    packages = [allow] if isinstance(allow, str) else allow
+    if not isinstance(packages, (list, tuple, ListConfig)) or not all(isinstance(name, str) for name in packages):
+        raise ConfigError(f"allow={allow}: expected names of packages, such as [mypackage]")
+    _check_node(checkpoint, node, list(packages), DEEPEST)
+
+
+def _check_node(checkpoint: Checkpoint, node: Any, packages: Sequence[str], depth: int) -> None:
+    if depth == 0:
+        raise CheckpointError(f"{checkpoint.path}: its config is nested deeper than {DEEPEST}; train again")
     if isinstance(node, dict):
-        if not all(isinstance(key, str) for key in node):
+        if not all(isinstance(key, str) and _is_plain(key) for key in node):
             raise CheckpointError(f"{checkpoint.path}: its config has keys that are no names; expected plain strings")
         if "_target_" in node:
             _check_target(checkpoint, str(node["_target_"]), packages)
         for value in node.values():
-            check_config(checkpoint, value, packages)
+            _check_node(checkpoint, value, packages, depth - 1)
     elif isinstance(node, list):
         for value in node:
-            check_config(checkpoint, value, packages)
+            _check_node(checkpoint, value, packages, depth - 1)
     elif not isinstance(node, (str, int, float, bool, type(None))) or not _is_plain(node):
-        raise CheckpointError(f"{checkpoint.path}: its config holds {node!r:.80}; expected plain numbers and strings")
+        raise CheckpointError(f"{checkpoint.path}: its config holds {_short(node)}; expected plain numbers and strings")
 
 
 def unasked(checkpoint: Checkpoint, node: Any) -> Any:
@@ -87,13 +135,19 @@ def unasked(checkpoint: Checkpoint, node: Any) -> Any:
 
 def _is_plain(value: Any) -> bool:
     """Whether a value means itself to omegaconf, and can be written to a file."""
+    if isinstance(value, int):
+        return value.bit_length() <= 64  # Python does not write integers of thousands of digits
     if not isinstance(value, str):
         return True
     try:
         value.encode()
     except UnicodeEncodeError:
         return False
-    return "${" not in value and value != "???"
+    return "${" not in value and "\0" not in value and value != "???"
+
+
+def _short(value: Any) -> str:
+    return "a huge integer" if isinstance(value, int) else f"{value!r:.80}"
 
 
 def _check_target(checkpoint: Checkpoint, target: str, packages: Sequence[str]) -> None:

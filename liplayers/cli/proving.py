@@ -38,7 +38,7 @@ def certify_one(
     device = _device(cfg.device)
     check_config(checkpoint, checkpoint.config, cfg.allow)
     data_config = _data_config(checkpoint, cfg)
-    data = build(OmegaConf.create(data_config))
+    data = build(OmegaConf.create({"data": data_config}).data)  # errors name `data.root`
     if not isinstance(data, DataModule):
         raise CheckpointError(f"{checkpoint.path}: its config makes no data module; train again")
     data.setup()

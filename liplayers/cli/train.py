@@ -4,39 +4,43 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from liplayers.certification import parse_radius
 from liplayers.checkpoint import Checkpoint, load_checkpoint
-from liplayers.cli.configuration import UNASKED, build, check_config, integer, one_line, plain, radii, unasked
+from liplayers.cli.composing import GROUPS as GROUPS
+from liplayers.cli.composing import resumed
+from liplayers.cli.configuration import UNASKED, build, flag, integer, one_line, plain, radii, text
 from liplayers.commands.output import say
 from liplayers.commands.quoting import command, hydra_override
 from liplayers.data import DataModule
-from liplayers.errors import ConfigError, LipschitzError, OutputError
+from liplayers.errors import CheckpointError, ConfigError, LipschitzError, OutputError
+from liplayers.files import held, whole_file
 from liplayers.training import (
     CertifiedClassifier,
     ProgressBar,
     SaveWhenInterrupted,
     SaveWithinEpoch,
+    Stopped,
     Throughput,
+    ValidateAtEnd,
     WeightEMA,
     WholeFileCheckpointIO,
+    check_training_state,
 )
 from liplayers.training.module import certified_name
-
-GROUPS = ("model", "data", "loss", "optimizer", "schedule", "trainer", "experiment")
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -47,13 +51,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
     Raises:
         LipschitzError: a subclass for each cause, with a message of one line.
     """
-    if not isinstance(cfg.output, str):
-        raise ConfigError(f"output={cfg.output}: expected one folder")
-    output = Path(cfg.output)
+    output = Path(text("output", cfg.output, "one folder"))
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         output = Path(HydraConfig.get().runtime.output_dir)  # one folder for each job
     if cfg.resume is not None:
-        cfg = _resumed(cfg, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
+        cfg = resumed(cfg)
     select, eps = _training_radii(cfg)
     _check_settings(cfg, output)
     _quieten()
@@ -77,14 +79,34 @@ def train(cfg: DictConfig) -> dict[str, float]:
     begun_at = (
         None if cfg.resume is None else _resumed_step(load_checkpoint(cfg.resume), module, cfg.trainer.max_epochs)
     )
-    stage = "val" if data.has_validation else "train"  # without a validation split the training samples select
+    stage = "val" if _validates(cfg.trainer, data) else "train"  # without validation the training samples select
     monitor = f"{stage}/{certified_name(select)}"
-    best = ModelCheckpoint(output / "checkpoints", "best", monitor=monitor, mode="max", enable_version_counter=False)
-    trainer = _trainer(cfg, output, best, shown={f"{stage}/accuracy": "clean", monitor: f"ε={select:.3g}"})
+    best = ModelCheckpoint(
+        output / "checkpoints",
+        "best",
+        monitor=monitor,
+        mode="max",
+        save_on_train_epoch_end=None if stage == "val" else True,
+        enable_version_counter=False,
+    )
+    interrupted = output / "checkpoints" / "interrupted.ckpt"
+    interruption = SaveWhenInterrupted(interrupted, command("train", hydra_override("resume", interrupted)))
+    shown = {f"{stage}/accuracy": "clean", monitor: f"ε={select:.3g}"}
+    validation = ValidateAtEnd()
+    trainer = _trainer(cfg, output, [best, validation, interruption], shown)
+    if cfg.resume is not None:
+        check_training_state(Path(cfg.resume), module, trainer)
     data.train_sampler(trainer.world_size)  # before anything is written, raises where a batch cannot be shared
-    with _Writing(output):
-        _begin(output, module, data.name, monitor)
-        trainer.fit(module, datamodule=data, ckpt_path=cfg.resume, weights_only=True)
+    with _writing(output):
+        _begin(cfg, output, module, data.name, monitor)
+        with _starting(cfg, interruption):
+            trainer.fit(module, datamodule=data, ckpt_path=cfg.resume, weights_only=True)
+    if interruption.asked:
+        raise Stopped(128 + interruption.asked)  # after the last step: nothing to save, nor to be called done
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        _say("trainer.fast_dev_run: nothing is logged and no checkpoint is written")
+    if stage == "val" and validation.step < trainer.global_step != begun_at:
+        _say(f"steps after {validation.step} of {trainer.global_step} were not validated; best.ckpt is of those before")
     if trainer.global_step == begun_at:
         limits = ", ".join(f"trainer.{key}={cfg.trainer.get(key)}" for key in ("max_epochs", "max_steps", "max_time"))
         _say(f"nothing was left to train: {cfg.resume} is at step {begun_at}; to go on raise one of {limits}")
@@ -96,10 +118,17 @@ def train(cfg: DictConfig) -> dict[str, float]:
     return metrics
 
 
+def _validates(trainer: DictConfig, data: DataModule) -> bool:
+    """Whether there is validation at all; how often, `ValidateAtEnd` makes no matter."""
+    return data.has_validation and trainer.get("limit_val_batches") != 0
+
+
 def _data(cfg: DictConfig) -> DataModule:
     data = build(cfg.data)
     data.setup()
     if cfg.extra is not None:
+        if not isinstance(cfg.extra, DictConfig) or set(cfg.extra) != {"data", "share"}:
+            raise ConfigError(f"extra={cfg.extra}: expected {{data: {{_target_: …}}, share: 0.3}}")
         data.mix(build(cfg.extra.data), cfg.extra.share)
     data.on_device = bool(cfg.data_on_device)
     return data
@@ -109,10 +138,13 @@ _say = rank_zero_only(say)
 
 
 @rank_zero_only  # another process would make a folder of its own, named after the second it started in
-def _begin(output: Path, module: CertifiedClassifier, data: str, monitor: str) -> None:
-    """Make the output folder and say what is about to happen."""
-    output.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(module.config), output / "config.yaml")
+def _begin(cfg: DictConfig, output: Path, module: CertifiedClassifier, data: str, monitor: str) -> None:
+    """Write the config and say what is about to happen."""
+    _refuse_earlier_run(cfg, output)  # which may have ended since the command began
+    for part in (output / "checkpoints").glob("*.part"):  # of a process that was killed
+        part.unlink()
+    with whole_file(output / "config.yaml") as path:
+        OmegaConf.save(OmegaConf.create(module.config), path)
     parameters = sum(p.numel() for p in module.model.parameters())
     shape = "×".join(map(str, module.input_shape))
     _say(f"training {parameters:,} parameters on {data} ({shape}), selecting by {monitor}")
@@ -124,8 +156,17 @@ def _check_settings(cfg: DictConfig, output: Path) -> None:
     integer("seed", cfg.seed)
     if cfg.threads is not None:
         torch.set_num_threads(integer("threads", cfg.threads, least=1))
-    if integer("trainer.max_epochs", cfg.trainer.max_epochs) < 1 and cfg.trainer.max_steps < 1:
+    epochs, steps = (integer(f"trainer.{key}", cfg.trainer[key]) for key in ("max_epochs", "max_steps"))
+    if epochs < 1 and steps < 1:
         raise ConfigError(f"trainer.max_epochs={cfg.trainer.max_epochs}: expected at least 1, or trainer.max_steps")
+    if cfg.trainer.get("overfit_batches"):
+        raise ConfigError("trainer.overfit_batches: our batches come shuffled; use trainer.limit_train_batches")
+    for name in ("overwrite", "compile", "channels_last", "data_on_device"):
+        flag(name, cfg[name])
+    _refuse_earlier_run(cfg, output)
+
+
+def _refuse_earlier_run(cfg: DictConfig, output: Path) -> None:
     checkpoints = output / "checkpoints"
     if cfg.resume is None and not cfg.overwrite and any(checkpoints.glob("*.ckpt")):
         resume = hydra_override("resume", checkpoints / "last.ckpt")
@@ -138,6 +179,12 @@ def _check_settings(cfg: DictConfig, output: Path) -> None:
 def _resumed_step(checkpoint: Checkpoint, module: CertifiedClassifier, max_epochs: int) -> int:
     """The step that a checkpoint is at; raise if its weights do not fit or it began more epochs than are asked for."""
     checkpoint.load_into(module.model)
+    for key, value in UNASKED.items():
+        asked = checkpoint.config["data"].get(key, value)
+        if asked != value and module.config["data"].get(key) == value:
+            _say(f"data.{key}={asked} of {checkpoint.path} is left out, as it writes files; to have it, give it here")
+    if min(checkpoint.epoch, checkpoint.global_step) < 0:
+        raise CheckpointError(f"{checkpoint.path}: does not say at which epoch and step it is; train again")
     if 0 <= max_epochs <= checkpoint.epoch:
         raise ConfigError(
             f"{checkpoint.path} has reached epoch {checkpoint.epoch + 1}, trainer.max_epochs is {max_epochs}; "
@@ -155,15 +202,14 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=noise)
 
 
-def _trainer(cfg: DictConfig, output: Path, best: ModelCheckpoint, shown: dict[str, str]) -> L.Trainer:
+def _trainer(cfg: DictConfig, output: Path, callbacks: list[Callback], shown: dict[str, str]) -> L.Trainer:
     """The trainer with its callbacks and loggers; `shown` are the metrics on the progress bar."""
     checkpoints = output / "checkpoints"
-    last = ModelCheckpoint(checkpoints, "last", enable_version_counter=False)  # of every epoch, better or not
-    callbacks: list[Callback] = [best, last, Throughput()]
+    # of every epoch, better or not, validated or not
+    last = ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+    callbacks = [*callbacks, last, Throughput()]  # the best before the last, which holds what the best is
     if cfg.ema_decay is not None:
-        callbacks.append(WeightEMA(cfg.ema_decay))
-    interrupted = checkpoints / "interrupted.ckpt"
-    callbacks.append(SaveWhenInterrupted(interrupted, command("train", hydra_override("resume", interrupted))))
+        callbacks.insert(0, WeightEMA(cfg.ema_decay))  # first, to put the weights back where training is interrupted
     if cfg.save_every_steps is not None:
         callbacks.append(SaveWithinEpoch(checkpoints / "last.ckpt", cfg.save_every_steps))
     if cfg.trainer.enable_progress_bar:
@@ -184,33 +230,11 @@ def _trainer(cfg: DictConfig, output: Path, best: ModelCheckpoint, shown: dict[s
     )
 
 
-def _resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The config of the checkpoint to resume, with the single values that were overridden on the command line."""
-    checkpoint = load_checkpoint(cfg.resume)
-    check_config(checkpoint, checkpoint.config, cfg.allow)
-    data = {key: unasked(checkpoint, checkpoint.config[key]) for key in ("data", "extra") if key in checkpoint.config}
-    config = OmegaConf.create(checkpoint.config | data)
-    for key in set(cfg) - set(config):  # settings that are newer than the checkpoint
-        config[key] = cfg[key]
-    config.resume, config.output = cfg.resume, cfg.output
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key = override.key_or_group
-        if key in GROUPS:
-            raise ConfigError(
-                f"resume takes model, data and the rest from {cfg.resume}; drop {override.input_line}, "
-                f"or set single values such as trainer.max_epochs=50"
-            )
-        OmegaConf.update(config, key, override.value(), force_add=True)
-    for key, value in UNASKED.items():
-        asked = checkpoint.config["data"].get(key, value)
-        if asked != value and config.data.get(key) == value:
-            say(f"data.{key}={asked} of {cfg.resume} is left out, as it writes files; to have it, give it here")
-    return config
-
-
 def _training_radii(cfg: DictConfig) -> tuple[float, list[float]]:
     """The radius that selects, and all radii to log, that one first; two that would share a name are refused."""
-    (select,) = map(parse_radius, radii("select_eps", cfg.select_eps))
+    select, *more = map(parse_radius, radii("select_eps", cfg.select_eps))
+    if more:
+        raise ConfigError(f"select_eps={cfg.select_eps}: expected one radius")
     eps = dict.fromkeys([select, *map(parse_radius, radii("eps", cfg.eps))])
     names = [certified_name(e) for e in eps]
     if len(set(names)) < len(names):
@@ -226,16 +250,32 @@ def _try_optimizer(module: CertifiedClassifier) -> None:
         raise ConfigError(f"optimizer: {one_line(error)}") from None
 
 
-class _Writing:
-    """Turn an OSError about the output folder into one line."""
+@contextmanager
+def _starting(cfg: DictConfig, interruption: SaveWhenInterrupted) -> Iterator[None]:
+    """What Lightning refuses before training begins is the fault of a setting, or of the checkpoint to go on from."""
+    try:
+        yield
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        if interruption.begun or isinstance(error, LipschitzError):
+            raise
+        if cfg.resume is not None:
+            raise CheckpointError(f"{cfg.resume}: training cannot go on from it ({one_line(error)})") from error
+        raise ConfigError(f"trainer: {one_line(error)}") from error
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError) and not isinstance(error, LipschitzError):
-            raise OutputError(
-                f"{self.folder}: cannot be written ({error.strerror or error}); choose another with output=…"
-            ) from None
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Keep the folder for this training alone, and turn an OSError about it into one line."""
+    try:
+        if getattr(rank_zero_only, "rank", 0):  # the first process holds it for all
+            yield
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with held(folder, "training"):
+            yield
+    except LipschitzError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot be written ({error.strerror or error}); choose another with output=…"
+        ) from None

@@ -18,10 +18,10 @@ from liplayers.certification import report as reports
 from liplayers.certification.network import LARGEST_RADIUS, MODES, state_sha256
 from liplayers.certification.radius import certified_radius
 from liplayers.checkpoint import load_checkpoint, load_tensors
-from liplayers.cli.configuration import radii
+from liplayers.cli.configuration import radii, text
 from liplayers.cli.proving import Certified, certify_one
 from liplayers.commands.output import say
-from liplayers.errors import ConfigError, VerificationError
+from liplayers.errors import VerificationError
 
 TOLERANCE = 1e-8  # relative: what another order of summation changes in logits and in proven bounds
 NOT_COMPARED = {"environment", "device", "checkpoint.path", "data.config", "certificates_sha256"}  # the file is
@@ -38,12 +38,10 @@ def verify(cfg: DictConfig) -> int:
             be read.
         LipschitzError: as in certifying.
     """
-    path = Path(cfg.verify)
+    path = Path(text("verify", cfg.verify, "a report.json"))
     report = _read(path)
     stored = _read_certificates(path, report)
-    if not isinstance(cfg.ckpt, str):
-        raise ConfigError(f"ckpt={cfg.ckpt}: expected the one checkpoint that {path} is about")
-    checkpoint = load_checkpoint(cfg.ckpt)
+    checkpoint = load_checkpoint(text("ckpt", cfg.ckpt, f"the one checkpoint that {path} is about"))
     if checkpoint.sha256 != report["checkpoint"]["sha256"]:
         raise VerificationError(
             f"{path}: is about a checkpoint with sha256 {report['checkpoint']['sha256'][:12]}…, "

@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,17 +27,6 @@ from liplayers.text import one_line
 
 def train_command() -> None:
     """`python train.py` and `liplayers-train`."""
-    arguments = sys.argv[1:]
-    resume = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), None)
-    given = any(a.lstrip("+").startswith(("output=", "hydra.run.dir=", "hydra.sweep.dir=")) for a in arguments)
-    sweep = any(a == "-m" or (len(a) > 3 and "--multirun".startswith(a)) for a in arguments)
-    if resume not in (None, "null") and not given:
-        from liplayers.checkpoint import run_folder
-
-        sys.argv.append(f"output='{run_folder(resume)}'")  # a resumed run goes on in its own folder
-    elif sweep and not given:
-        # the default names the model and data of one job, which a sweep as a whole does not have
-        sys.argv.append(f"output=runs/sweep/{datetime.now():%Y-%m-%d_%H-%M-%S}")
     run("train", _train)
 
 
@@ -119,11 +107,18 @@ def _run(config_name: str, task: Callable[[DictConfig], Any], fixed: Sequence[st
             _fail(error)
 
     guarded.__name__ = config_name
-    decorate = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes hydra raise, so that the message is ours
     try:
         if not _answered(config_name, fixed):
-            decorate(guarded)()
+            config_name, added = _chosen(config_name, sys.argv[1:])
+            sys.argv += added
+            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(guarded)()
+    except KeyboardInterrupt:
+        sys.exit(130)  # as training does, without a traceback
+    except LipschitzError as error:
+        if asked == "1":
+            raise
+        _fail(error)
     except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         if asked == "1" or (worked and isinstance(error, ValueError)):
             raise
@@ -144,6 +139,13 @@ def _answered(config_name: str, fixed: Sequence[str]) -> bool:
         return False  # of another config hydra knows more
     print(help_text(config_name, [*fixed, *flags.overrides]), end="")
     return True
+
+
+def _chosen(config_name: str, arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The name of the config that the arguments change, and arguments to add to them."""
+    from liplayers.cli.composing import certify_config, training_config
+
+    return {"train": training_config, "certify": certify_config}[config_name](arguments)
 
 
 def _bad_flags(message: str) -> NoReturn:

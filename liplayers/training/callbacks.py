@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import EMAWeightAveraging, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, RichProgressBar
 
 from liplayers.errors import ArgumentError, ConfigError
 from liplayers.losses import RadiusLoss
@@ -31,12 +32,16 @@ class ProgressBar(RichProgressBar):
         return {short: f"{logged[name]:.4g}" for name, short in self._short.items() if name in logged}
 
 
+class Stopped(SystemExit):
+    """Training was asked to stop by a signal; the exit status is that of shells, 128 + its number."""
+
+
 class SaveWhenInterrupted(L.Callback):
     """Writes a checkpoint that resumes when training ends by Ctrl-C, SIGTERM or an exception.
 
-    The first Ctrl-C waits until the optimizer has stepped and any validation has ended, for the resumed run to be the
-    same as one without a break: an exception between two arbitrary lines may be lost in a callback, or leave the
-    optimizer half stepped. The second ends at once.
+    A signal waits until the optimizer has stepped and any validation has ended, for the resumed run to be the same as
+    one without a break: an exception between two arbitrary lines may be lost in a callback, or leave the optimizer
+    half stepped. Then `Stopped` is raised. Ctrl-C again, a second or more later, ends at once and saves nothing.
 
     Of several processes all stop when one is asked to; an exception in one of them leaves no checkpoint, since all
     must take part in writing it.
@@ -44,40 +49,89 @@ class SaveWhenInterrupted(L.Callback):
     Args:
         path: the file.
         resume: the command that goes on from it, to be shown.
+
+    Attributes:
+        begun: whether training has begun; before, there is nothing to save.
+        asked: the number of the signal that came, or 0.
     """
 
     def __init__(self, path: Path, resume: str) -> None:
         self.path, self.resume = path, resume
-        self._asked = False
+        self.begun = False
+        self.asked = 0
+        self._since = 0.0
+        self._at_once = False
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._ask)
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._listen()
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.begun = True
+        self._listen()
+
+    def _listen(self) -> None:
+        """From when Lightning has set a handler of its own, which ends with status 0; it restores what was before."""
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._previous)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as in a shell's background job
+                    signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-        print("\nstopping after this step; Ctrl-C again stops at once", flush=True)
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self._since = number, now
+            os.write(1, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print is not reentrant
+        elif number == signal.SIGINT and now - self._since > 1:  # some senders signal twice
+            self._at_once = True
+            raise Stopped(128 + number)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         at_a_step = batch_idx % trainer.accumulate_grad_batches == 0  # a sum of gradients is not kept
-        if at_a_step and trainer.strategy.reduce_boolean_decision(self._asked, all=False):
-            raise KeyboardInterrupt
+        if at_a_step and trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False):
+            # Lightning kills the first process, which may still be writing, when another ends with an error
+            raise Stopped(128 + (self.asked or signal.SIGTERM) if trainer.is_global_zero else 0)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if trainer.world_size > 1 and not isinstance(exception, KeyboardInterrupt):
+        if self._at_once or not self.begun or (trainer.world_size > 1 and not isinstance(exception, Stopped)):
             return
-        trainer.save_checkpoint(self.path)
-        if not trainer.is_global_zero:
+        try:
+            trainer.save_checkpoint(self.path)
+        except OSError as error:  # what stopped the training is the news
+            print(f"\n{self.path}: cannot be written ({error.strerror or error})", flush=True)
             return
-        print(f"\nstopped in epoch {trainer.current_epoch + 1}; to go on: {self.resume}", flush=True)
+        if trainer.is_global_zero:
+            print(f"\nstopped in epoch {trainer.current_epoch + 1}; to go on: {self.resume}", flush=True)
+
+
+class ValidateAtEnd(Checkpoint):
+    """Lets training end with a validation, where it would end between two: every state that is kept can be best.
+
+    A checkpoint callback, since those run after the others, of which one may stop the training.
+
+    Attributes:
+        step: of the last validation.
+    """
+
+    step = 0
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+        if (
+            (last_epoch and trainer.is_last_batch)
+            or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps)
+            or trainer.should_stop
+        ):
+            trainer.should_stop = True  # Lightning validates before it stops, in an epoch that is to be validated
+            if trainer.check_val_every_n_epoch is not None:
+                trainer.check_val_every_n_epoch = 1
 
 
 class WeightEMA(EMAWeightAveraging):

@@ -82,7 +82,9 @@ class Lookahead(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.inner.load_state_dict(state_dict["inner"])
         self._share_groups()
-        self.steps = state_dict["steps"]
+        self.steps = int(state_dict["steps"])
         params = [p for group in self.param_groups for p in group["params"]]
         for p, slow in zip(params, state_dict["slow"], strict=True):
+            if slow.shape != p.shape:  # copy_ would repeat a smaller one
+                raise ArgumentError(f"Lookahead: a slow copy of shape {tuple(slow.shape)} for {tuple(p.shape)}")
             self.state[p]["slow"].copy_(slow)

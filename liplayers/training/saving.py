@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from liplayers.errors import ArgumentError
+from liplayers.files import save_tensors, whole_file
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file and moves: whatever ends the process, the path holds the old or the new checkpoint.
-
-    Lightning writes to the system's folder for temporary files; from another file system a move is a copy.
-    """
+    """Writes beside the file and moves: whatever ends the process, the path holds the old or the new checkpoint."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())  # a name must not outlive a power cut without its content
-        part.replace(path)
+        with whole_file(path) as part:
+            save_tensors(checkpoint, part)
 
 
 class SaveWithinEpoch(Checkpoint):
