@@ -345,6 +345,11 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     path = images(tmp_path) / "train" / "dog" / "x.png"
     os.mkfifo(path)
     fails(DataError, folder(tmp_path).setup, path, "no regular file")
+    path.unlink()
+    for target in ("x.png", "nowhere"):
+        path.symlink_to(target)
+        fails(DataError, folder(tmp_path).setup, "cannot read image", path)
+        path.unlink()
 
 
 # --- archives --------------------------------------------------------------------------------------------------------
