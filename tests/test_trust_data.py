@@ -345,6 +345,11 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     path = images(tmp_path) / "train" / "dog" / "x.png"
     os.mkfifo(path)
     fails(DataError, folder(tmp_path).setup, path, "no regular file")
+    path.unlink()
+    for target in ("x.png", "nowhere"):
+        path.symlink_to(target)
+        fails(DataError, folder(tmp_path).setup, "cannot read image", path)
+        path.unlink()
 
 
 # --- archives --------------------------------------------------------------------------------------------------------
@@ -445,6 +450,7 @@ def test_another_separator_is_named(tmp_path: Path, separator: str, name: str, d
         (b"PK\x03\x04\xff\xfe", ("cannot be read as text in UTF-8",)),
         ("x" * 200_000 + ";y\n1;a\n", ("cannot be read", "field larger")),
         ("sep=;\nx;y\n1;a\n", ("semicolons",)),
+        (f"x,y\n{'9' * 400},a\n1,b\n", ("a whole number beyond float64",)),
     ],
 )
 def test_the_right_mend_is_named(tmp_path: Path, content: str | bytes, parts: tuple[str, ...]) -> None:
@@ -459,6 +465,7 @@ def test_what_pandas_and_spreadsheets_write_is_read(tmp_path: Path, content: str
 
 
 def test_a_target_that_is_no_column_is_still_named(tmp_path: Path) -> None:
+    fails(UnknownNameError, csv_data(tmp_path / "b.csv", "my x\n1\n").setup, "'y'", "known: my x")
     fails(
         UnknownNameError,
         csv_data(tmp_path / "a.csv", "x,kind\n1,a\n2,b\n", "kinds").setup,

@@ -176,6 +176,8 @@ def _compare_certificates(path: Path, stored: list[str], fresh: Certified) -> No
     rows = reports.csv_text(fresh.certificates).splitlines()[1:]
     if len(rows) != len(stored):
         raise VerificationError(f"{file}: has {len(stored)} samples, computed again {len(rows)}")
+    if stored == rows:
+        return
     for old, new, spans in zip(stored, rows, _spans(fresh), strict=True):
         fields, expected = old.split(","), new.split(",")
         if len(fields) != len(expected):

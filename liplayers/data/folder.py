@@ -29,7 +29,18 @@ _EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff",
 _FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 # What storage, archives and file managers put beside images, as well as names that begin with a dot; in lower case.
-_TOOL_FOLDERS = ("#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recycle", "@tmp", "__macosx", "__pycache__")
+_TOOL_FOLDERS = (
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "@eadir",
+    "@recycle",
+    "@tmp",
+    "__macosx",
+    "__pycache__",
+    "lost+found",
+    "system volume information",
+)
 
 _GREY = ("1", "L", "LA")
 _COLOUR = ("CMYK", "P", "PA", "RGB", "RGBA", "RGBX", "YCbCr")
@@ -85,14 +96,20 @@ def _images(folder: Path, seen: dict[str, Path]) -> Generator[Path]:
             )
         seen[real] = folder
         try:
-            entries = [path for path in folder.iterdir() if not _is_hidden(path.name)]
+            with os.scandir(folder) as found:
+                entries = [entry for entry in found if not _is_hidden(entry.name)]
         except OSError as error:
             raise DataError(f"image folder: cannot read folder {folder} ({error.strerror}); set data.root") from None
-        for path in entries:
-            if path.is_dir():
+        for entry in entries:
+            path = Path(entry.path)
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:
+                is_folder, is_file = False, True  # what is wrong is said when it is opened
+            if is_folder:
                 folders.append(path)
-            elif path.name.lower().endswith(_EXTENSIONS):
-                if path.exists() and not path.is_file():  # to read a pipe would take for ever
+            elif entry.name.lower().endswith(_EXTENSIONS):
+                if not is_file and path.exists():  # to read a pipe would take for ever
                     raise DataError(f"image folder: {path} is no regular file; remove it")
                 yield path
 

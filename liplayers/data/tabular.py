@@ -533,7 +533,8 @@ def _check_separator(path: Path, names: list[str], target: str) -> None:
         return
     for separator, called in _SEPARATORS.items():
         found = [name.strip() for name in next(_lines(path, separator))]
-        if target in found or (len(names) == 1 and len(found) > 1):
+        # One name with spaces in it is no sign of another separator.
+        if target in found or (separator != " " and len(names) == 1 and len(found) > 1):
             raise DataError(
                 f"table: {path} separates its columns by {called}; expected commas, and points in decimals: save it so "
                 "(in pandas: to_csv with its defaults)"
@@ -569,7 +570,10 @@ def _feature_values(path: Path, table: pd.DataFrame) -> np.ndarray:
         kind = pd.api.types.infer_dtype(table[name], skipna=True)
         if kind not in _NUMBERS:
             raise DataError(f"table: {path}, column {name!r} holds {kind} values, not numbers{_mend(table[name])}")
-    values = np.stack([table[name].to_numpy(np.float64, na_value=np.nan) for name in table], axis=1)
+    try:
+        values = np.stack([table[name].to_numpy(np.float64, na_value=np.nan) for name in table], axis=1)
+    except OverflowError:
+        raise DataError(f"table: {path} holds a whole number beyond float64; repair or remove its row") from None
     wrong = np.argwhere(~np.isfinite(values))
     if len(wrong):
         row, column = wrong[0]

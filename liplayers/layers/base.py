@@ -141,9 +141,8 @@ class ParametrizedModule(LipschitzModule):
         with kept.lock:
             unchanged = len(kept.raw) == len(raw) and all(map(_identical, kept.raw, raw))
             entry = kept.weights.get(key) if unchanged else None
-            if entry is not None and entry[0] == _versions(
-                entry[1]
-            ):  # nobody wrote into the weight that was handed out
+            # nobody wrote into the weight that was handed out
+            if entry is not None and entry[0] == _versions(entry[1]):
                 return entry[1]
             # inference tensors would be of no use to a later backward pass with respect to the input
             with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
