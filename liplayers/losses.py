@@ -115,7 +115,7 @@ def multi_margin(logits: Tensor, target: Tensor, margin: float) -> Tensor:
     r"""(1/K)·Σ_{j≠y} relu(u − (f_y − f_j)): a hinge on every margin of the true class.
 
     Args:
-        margin: u > 0, in units of the logits. A point stops to count once all its margins reach u, so u sets the radius
+        margin: u > 0, in units of the logits. A point adds nothing once all its margins reach u, so u sets the radius
             trained for, u/L: larger ones trade clean accuracy for certified accuracy at larger radii.
 
     Source: Crammer & Singer 2001, summed over the classes; `torch.nn.functional.multi_margin_loss`.

@@ -60,7 +60,7 @@ def layer_bounds(model: nn.Module, input_shape: Shape | None = None) -> dict[str
 
 
 def register_bound(module_type: type[nn.Module], rule: Callable[[nn.Module, Shape | None], float]) -> None:
-    """State the bound of a module type that is not ours: rule(module, input shape or None) → bound.
+    """State the bound of a module type from outside liplayers: rule(module, input shape or None) → bound.
 
     The rule is trusted; it holds for that exact type, not for subclasses.
     """
@@ -255,7 +255,7 @@ class _Walk:
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Whether something beside its class's forward has a say in what it computes."""
+    """Whether a hook or a replaced forward may change what the module computes."""
     everywhere = torch.nn.modules.module
     hooked = module._forward_hooks or module._forward_pre_hooks
     hooked = hooked or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks

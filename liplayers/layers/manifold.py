@@ -87,7 +87,7 @@ class ManifoldLinear(ManifoldModule, LipschitzLinear):
     initialisation: 1, or where out_features < in_features √(out/in) on average, and for the identity what the features
     it keeps have of the whole norm. Cost: that of nn.Linear; a step of `ManifoldAdamW` multiplies it by matrices of the
     longer side and keeps two of these, one of `ManifoldMuon` by matrices of the shorter side, so that very wide layers
-    are dear to train.
+    are expensive to train.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
