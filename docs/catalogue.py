@@ -154,7 +154,7 @@ def effect_of_decay(make: Callable[..., nn.Module], role: str) -> str:
         return "the same map: only their direction counts"
     if then.norm() < 1e-3 * now.norm():
         return "the zero map"
-    return "the identity" if (then - x).norm() < 1e-3 * x.norm() else "another map"
+    return "the identity" if (then - x).norm() < 1e-2 * x.norm() else "another map"
 
 
 def modules_table() -> str:

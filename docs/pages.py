@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-import yaml
-
 import liplayers
 
 ROOT = Path(__file__).parents[1]
@@ -219,33 +217,27 @@ def recipes() -> str:
         "## Recipes",
     ]
     for path in sorted((CONFIGS / "experiment").glob("*.yaml")):
-        title, _, command = head(path)[0].partition(": python ")
-        text = "\n".join([f"{command and 'python '}{command}", *head(path)[1:]] if command else head(path))
-        parts += [f"### {path.stem}", f"**{title}**" if command else "", *prose(text), yaml_block(path)]
+        parts += [f"### {path.stem}", marked("\n".join(head(path))), yaml_block(path)]
     parts.append("## Choices of each group")
     for group in sorted({path.parent.name for path in CONFIGS.glob("*/*.yaml")} - {"experiment"}):
-        parts += [f"### {group}", choices(group)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        parts.append(f"### {group}")
+        for path in sorted((CONFIGS / group).glob("*.yaml")):
+            parts += [f"**{path.stem}**", marked("\n".join(head(path))), yaml_block(path)]
+    return "\n\n".join(parts) + "\n"
 
 
-def prose(text: str) -> list[str]:
-    """Comments as markdown: commands in code, lists as lists."""
-    return [re.sub(r"(python train\.py [^;,.\n]*[^;,.\s])", r"`\1`", text)]
+def marked(comment: str) -> str:
+    """A comment as markdown, with commands and settings in code."""
+    comment = re.sub(r"\A(.*[^.,:;\n])\n(?=[A-Z])", r"\1\n\n", comment)  # the first line is a title
+    setting = r"[a-z_]+(?:\.[a-z_]+)*=[\w./]*\w"
+    return re.sub(rf"python train\.py(?: {setting})*|(?<![\w.]){setting}", r"`\g<0>`", comment)
 
 
 def yaml_block(path: Path) -> str:
-    return f"```{{literalinclude}} ../../{path.relative_to(ROOT)}\n:language: yaml\n:start-at: 'defaults:'\n```"
-
-
-def choices(group: str) -> str:
-    """What each file of a group builds, with its settings and their values."""
-    rows = ["| name | builds | settings |", "|---|---|---|"]
-    for path in sorted((CONFIGS / group).glob("*.yaml")):
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        target = str(settings.pop("_target_", "")).removeprefix("liplayers.")
-        values = ", ".join(f"`{key}: {value}`" for key, value in settings.items() if not isinstance(value, dict))
-        rows.append(f"| `{path.stem}` | {target and f'`{target}`'} | {values} |".replace("{", "{{").replace("}}", "}"))
-    return "\n".join(rows)
+    """A file of settings without the comment that it begins with."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    first = next(number for number, line in enumerate(lines, 1) if not line.startswith("#"))
+    return f"```{{literalinclude}} ../../{path.relative_to(ROOT)}\n:language: yaml\n:lines: {first}-\n```"
 
 
 def write_results(folder: Path) -> None:
