@@ -32,7 +32,7 @@ extensions = [
 ]
 exclude_patterns = ["__pycache__"]
 default_role = "py:obj"  # single backquotes in docstrings name code, and become links where it is ours or torch's
-smartquotes = False
+smartquotes_action = "D"  # dashes; quotes stay as they are typed
 
 nb_execution_mode = "off"  # the tests run the notebooks; their stored outputs are shown
 myst_enable_extensions = ["colon_fence"]

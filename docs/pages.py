@@ -244,8 +244,12 @@ def write_results(folder: Path) -> None:
     """Tables, pictures and figures as the benchmarks left them; a list of the pages."""
     kept: Callable[[str, list[str]], Iterable[str]] = shutil.ignore_patterns("*_quick*", "*_part*", "jobs", "*_runs")
     shutil.copytree(RESULTS, folder, ignore=kept)
-    found = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.md"))
-    entries = "\n".join(found)
+    found = sorted(folder.rglob("*.md"))
+    for page in found:
+        pattern = "*.png" if page.stem == page.parent.name else f"{page.stem}*.png"
+        pictures = [f"![{picture.stem}]({picture.name})" for picture in sorted(page.parent.glob(pattern))]
+        write_text(page, "\n\n".join([page.read_text(encoding="utf-8").rstrip(), *pictures]) + "\n")
+    entries = "\n".join(page.relative_to(folder).with_suffix("").as_posix() for page in found)
     write_text(
         folder / "index.md",
         "# Tables of results\n\nAs the benchmarks wrote them, with the command, the machine and the versions.\n\n"
