@@ -7,7 +7,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # two torch processes that each use every core slow each other down tenfold
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: demo test nightly lint wheel docs clean
+.PHONY: demo test nightly portability lint wheel docs clean
 
 demo: .venv/installed
 	@echo "== training a certified network on scikit-learn's handwritten digits (about a minute)"
@@ -21,6 +21,20 @@ test: .venv/installed lint
 
 nightly: .venv/installed lint
 	$(TEST)
+
+# the tests that compute, in the arithmetic of other processors; the rest is about files, commands and plots
+NOT_NUMERICAL := data tabular uci front docs notebooks benchmarks compare training resume recipes \
+  trust_data trust_training trust_commands
+NUMERICAL := tests -m "not slow" -q $(NOT_NUMERICAL:%=--ignore=tests/test_%.py)
+
+portability: .venv/installed
+	@for instructions in default avx2 avx512; do for threads in 1 2; do \
+	  echo "== ATEN_CPU_CAPABILITY=$$instructions, threads: $$threads"; \
+	  ATEN_CPU_CAPABILITY=$$instructions OMP_NUM_THREADS=$$threads \
+	    $(BIN)/python -m pytest -n $$((($(JOBS) + $$threads - 1) / $$threads)) $(NUMERICAL) || exit 1; done; done
+	@echo "== MKL and oneDNN held to AVX2"
+	MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -n $(JOBS) $(NUMERICAL)
 
 lint: .venv/installed
 	@echo "== ruff, mypy"

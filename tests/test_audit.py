@@ -191,7 +191,9 @@ BASIC_CONV = {"padding", "bias", "padding_mode"}  # with an odd kernel nobody ma
 def test_conv_norm_and_shape(
     family: str, role: str, inputs: int, outputs: int, kernel: Any, image: tuple, arguments: dict
 ):
-    for dtype in (torch.float64, torch.float32):
+    # what float32 adds is the rounding of the map at extreme parameters: a third of the geometries show it
+    index = CONVS.index((inputs, outputs, kernel, image, arguments))
+    for dtype in (torch.float64, torch.float32) if index % 3 == 0 else (torch.float64,):
         layer = construct(FAMILIES[family].conv, inputs, outputs, kernel, dtype=dtype, **arguments)
         if layer is None:
             assert not set(arguments) <= BASIC_CONV or kernel not in (3, 5), "refuses a plain convolution"
@@ -327,7 +329,9 @@ def block_variants(make: Callable[..., nn.Module]) -> list[dict[str, Any]]:
 def test_block_norm(family: str, role: str, dtype: torch.dtype):
     make = getattr(FAMILIES[family], role)
     built = 0
-    for arguments in [{}, *block_variants(make)]:
+    default, *variants = [{}, *block_variants(make)]
+    # what float32 adds is the rounding of the map at extreme parameters: three variants show it
+    for arguments in [default, *(variants if dtype is torch.float64 else variants[:2])]:
         layer = construct(make, 3, dtype=dtype, **arguments)
         if layer is None:
             assert arguments.get("kernel_size", 2) % 2 == 0, f"refuses {arguments}"

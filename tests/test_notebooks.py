@@ -4,38 +4,62 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.manager import KernelManager, start_new_kernel
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LARGEST = 300_000  # bytes
 SECONDS = 300  # for one cell, on a slow machine
 
-pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
 
-@pytest.fixture
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a kernel runs that writes nowhere else, and has our package and no settings of a user."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def set_environment(patch: pytest.MonkeyPatch, package: Path, folder: Path) -> None:
+    """For a kernel that finds liplayers in `package`, writes to `folder` alone and has no settings of a user."""
+    patch.setenv("PYTHONPATH", str(package))
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
-        monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    return tmp_path
+        patch.setenv(name, str(folder / name.lower()))
 
 
-def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
+@contextmanager
+def kernel(package: Path, folder: Path) -> Iterator[KernelManager]:
+    with pytest.MonkeyPatch.context() as patch:
+        set_environment(patch, package, folder)
+        manager, client = start_new_kernel(kernel_name="python3", cwd=str(folder))
+        client.stop_channels()
+        try:
+            yield manager
+        finally:
+            manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture(scope="module")
+def shared_kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelManager]:
+    """One for all notebooks: it imports torch once, and forgets every name before the next."""
+    with kernel(ROOT, tmp_path_factory.mktemp("notebooks")) as manager:
+        yield manager
+
+
+def execute(notebook: NotebookNode, manager: KernelManager) -> NotebookNode:
     """The notebook after a run of its own, from cells without outputs."""
     fresh = copy.deepcopy(notebook)
     for cell in code_cells(fresh):
         cell.outputs, cell.execution_count = [], None
-    where = {"metadata": {"path": str(folder)}}
-    return NotebookClient(fresh, timeout=SECONDS, kernel_name="python3", resources=where).execute()
+    forget = new_code_cell("%reset -f")
+    fresh.cells.insert(0, forget)
+    NotebookClient(fresh, timeout=SECONDS, km=manager).execute()
+    fresh.cells.remove(forget)
+    return fresh
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
@@ -50,22 +74,23 @@ def kinds(cell: NotebookNode) -> set[str]:
     return found
 
 
-def test_a_notebook_runs_and_its_stored_outputs_are_of_the_same_kinds(path: Path, alone: Path):
+@every_notebook
+def test_a_notebook_runs_and_its_stored_outputs_are_of_the_same_kinds(path: Path, shared_kernel: KernelManager):
     stored = nbformat.read(path, as_version=4)
-    fresh = execute(stored, alone)
+    fresh = execute(stored, shared_kernel)
     for number, (old, new) in enumerate(zip(code_cells(stored), code_cells(fresh), strict=True), 1):
         assert kinds(old) == kinds(new), f"code cell {number}: run the notebook again and store it"
 
 
-def test_a_notebook_fails_where_the_code_that_it_calls_is_gone(path: Path, alone: Path, monkeypatch):
-    """It starts with its imports, so that an empty package in place of liplayers stops it at once."""
-    (alone / "liplayers").mkdir()
-    (alone / "liplayers" / "__init__.py").touch()
-    monkeypatch.setenv("PYTHONPATH", str(alone))
-    with pytest.raises(CellExecutionError, match="liplayers"):
-        execute(nbformat.read(path, as_version=4), alone)
+def test_a_notebook_fails_where_the_code_that_it_calls_is_gone(tmp_path: Path):
+    """An empty package in place of liplayers stops it at its imports."""
+    (tmp_path / "liplayers").mkdir()
+    (tmp_path / "liplayers" / "__init__.py").touch()
+    with kernel(tmp_path, tmp_path) as manager, pytest.raises(CellExecutionError, match="liplayers"):
+        execute(nbformat.read(NOTEBOOKS[0], as_version=4), manager)
 
 
+@every_notebook
 def test_a_stored_notebook_is_whole_small_and_tells_nothing_of_its_machine(path: Path):
     text = path.read_text(encoding="utf-8")
     notebook = nbformat.reads(text, as_version=4)

@@ -1,8 +1,9 @@
 """A run that is killed or interrupted and resumed ends with the bits of the run that was not."""
 
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from liplayers import cli
 from liplayers.checkpoint import load_checkpoint
 from liplayers.errors import ArgumentError
-from liplayers.training import CertifiedClassifier, SaveWithinEpoch, WeightEMA
+from liplayers.training import CertifiedClassifier, SaveWithinEpoch, WeightEMA, WholeFileCheckpointIO
 
 ROOT = Path(__file__).resolve().parent.parent
 # 1294 training samples make 10 batches: 30 in all
@@ -28,20 +29,6 @@ RUN = [
     "save_every_steps=4",
     "select_eps=0.02",
 ]
-KILLED = """
-import os, signal, sys
-from liplayers import cli
-from liplayers.training import CertifiedClassifier
-
-batch = int(sys.argv.pop())
-
-def kill(self, *_):
-    if self.trainer.fit_loop.total_batch_idx == batch:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-CertifiedClassifier.on_train_batch_start = kill
-cli.train_command()
-"""
 
 
 def train(*overrides: str) -> Path:
@@ -52,10 +39,32 @@ def train(*overrides: str) -> Path:
     return Path(cfg.output) / "checkpoints/last.ckpt"
 
 
-def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+@pytest.fixture(scope="module")
+def dies() -> Callable[..., bool]:
+    """Whether a function, called in a process of its own, is killed by SIGKILL."""
+    context = multiprocessing.get_context("forkserver")  # imports torch and Lightning once
+    context.set_forkserver_preload(["liplayers.cli"])
+
+    def run(function: Callable, *arguments: Any) -> bool:
+        process = context.Process(target=function, args=arguments)
+        process.start()
+        process.join(300)
+        return process.exitcode == -signal.SIGKILL
+
+    return run
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until(batch: int, *overrides: str) -> None:
+    def begin_batch(self: CertifiedClassifier, *_: Any) -> None:
+        if self.trainer.fit_loop.total_batch_idx == batch:
+            kill()
+
+    CertifiedClassifier.on_train_batch_start = begin_batch  # type: ignore[method-assign]
+    train(*overrides)
 
 
 def state(path: Path) -> dict[str, Any]:
@@ -105,11 +114,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_killed_run_goes_on_to_the_bits_of_the_whole_one(case: str, tmp_path: Path):
+def test_killed_run_goes_on_to_the_bits_of_the_whole_one(case: str, dies: Callable[..., bool], tmp_path: Path):
     batch, overrides = CASES[case]
     whole = train(f"output={tmp_path}/whole", *RUN, *overrides)
-    killed = python(KILLED, f"output={tmp_path}/killed", *RUN, *overrides, str(batch))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert dies(train_until, batch, f"output={tmp_path}/killed", *RUN, *overrides)
     last = tmp_path / "killed/checkpoints/last.ckpt"
     middle = torch.load(last, weights_only=True)
     assert not middle["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
@@ -159,24 +167,19 @@ def test_exception_while_the_average_is_in_place_does_not_swap_it_in_the_checkpo
     assert_identical(a["current_model_state"], b["current_model_state"])
 
 
-def test_a_kill_while_writing_leaves_the_earlier_checkpoint(tmp_path: Path):
-    code = """
-import os, signal, sys, torch
-from pathlib import Path
-from liplayers.training import WholeFileCheckpointIO
-
-path = Path(sys.argv[1])
-WholeFileCheckpointIO().save_checkpoint({"step": 1}, path)
-
 class Fatal:
     def __reduce__(self):
-        os.kill(os.getpid(), signal.SIGKILL)
+        kill()
 
-WholeFileCheckpointIO().save_checkpoint({"step": 2, "weight": torch.ones(1 << 20), "end": Fatal()}, path)
-"""
+
+def write_until_killed(path: Path) -> None:
+    WholeFileCheckpointIO().save_checkpoint({"step": 1}, path)
+    WholeFileCheckpointIO().save_checkpoint({"step": 2, "weight": torch.ones(1 << 20), "end": Fatal()}, path)
+
+
+def test_a_kill_while_writing_leaves_the_earlier_checkpoint(dies: Callable[..., bool], tmp_path: Path):
     path = tmp_path / "last.ckpt"
-    result = python(code, str(path))
-    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert dies(write_until_killed, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert (tmp_path / "last.ckpt.part").exists()
 

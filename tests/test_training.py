@@ -245,7 +245,13 @@ def test_interrupted_run_leaves_a_checkpoint_that_resumes(tmp_path):
 EXTRA = "extra={data:{_target_:liplayers.data.Digits,seed:5},share:0.25}"
 
 
-@pytest.mark.parametrize("arguments", [[], ["loss=emma", "ema_decay=0.9", "trainer.accumulate_grad_batches=2", EXTRA]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["loss=emma", "ema_decay=0.9", "trainer.accumulate_grad_batches=2", EXTRA],
+    ],
+)
 def test_two_processes_train_what_one_does(arguments, tmp_path):
     """Each has half of every batch; the sums differ in rounding alone."""
     arguments = [*SMALL, "data.batch_size=256", "select_eps=0.02", *arguments]

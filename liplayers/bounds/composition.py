@@ -255,7 +255,7 @@ class _Walk:
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Whether a hook or a replaced forward may change what the module computes."""
+    """Whether something beside its class's forward has a say in what it computes."""
     everywhere = torch.nn.modules.module
     hooked = module._forward_hooks or module._forward_pre_hooks
     hooked = hooked or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks

@@ -1,7 +1,7 @@
 """The operations of a traced forward method, and how each combines the bounds of its arguments.
 
 A value's bound is its Lipschitz constant with respect to the module's input; 0 for whatever does not depend on it
-(numbers, parameters, shapes). An operation that is not listed raises an error.
+(numbers, parameters, shapes). What is not listed raises.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def check_config(checkpoint: Checkpoint, node: Any, allow: Any) -> None:
     packages = [allow] if isinstance(allow, str) else list(allow)
     if isinstance(node, dict):
         if not all(isinstance(key, str) for key in node):
-            raise CheckpointError(f"{checkpoint.path}: its config has keys that are not strings; expected names")
+            raise CheckpointError(f"{checkpoint.path}: its config has keys that are no names; expected plain strings")
         if "_target_" in node:
             _check_target(checkpoint, str(node["_target_"]), packages)
         for value in node.values():
@@ -103,7 +103,7 @@ def _check_target(checkpoint: Checkpoint, target: str, packages: Sequence[str]) 
     if package == "liplayers":
         raise CheckpointError(f"{checkpoint.path}: its config calls {target!r}; expected a public model, part or layer")
     raise CheckpointError(
-        f"{checkpoint.path}: its config calls {target!r}, which is not part of liplayers; "
+        f"{checkpoint.path}: its config calls {target!r}, which is no part of liplayers; "
         f"if you trust the file, pass allow=[{package}]"
     )
 
