@@ -31,7 +31,7 @@ def modules() -> list[ModuleType]:
 
 
 def public_names(module: ModuleType) -> list[str]:
-    """`__all__`, or the classes and functions that a module defines or a package passes on."""
+    """`__all__`, or the documented classes and functions that a module defines or a package passes on."""
     if hasattr(module, "__all__"):
         return list(module.__all__)
     package = hasattr(module, "__path__")
@@ -40,6 +40,7 @@ def public_names(module: ModuleType) -> list[str]:
         for name, value in vars(module).items()
         if not name.startswith("_")
         and (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__doc__
         and (value.__module__ == module.__name__ or (package and value.__module__.startswith("liplayers.")))
     ]
 

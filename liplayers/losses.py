@@ -73,7 +73,9 @@ def logit_annealing(
     r"""T(1 − p_y)^β(−log p_y), p = softmax((f − ξ·onehot(y))/T): the pull on a point fades as its margin grows.
 
     Args:
-        temperature: T > 0. offset: ξ. exponent: β ≥ 0; 0 is the offset cross-entropy.
+        temperature: T > 0.
+        offset: ξ, in units of the logits.
+        exponent: β ≥ 0; 0 is the offset cross-entropy.
 
     Source: Lai et al. 2025, arXiv 2505.15174 (its code's ξ = 2; its text gives 2√2).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 import liplayers
+from docs.pages import OBJECTS, escaped
 from liplayers import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +75,18 @@ def test_links_lead_to_files_and_headings(page: Path):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8").lower(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", text).replace(" ", "-") for text in headings}, target
+
+
+def test_a_docstring_is_plain_text_but_for_code_and_examples():
+    lines = ["the norm |x| of *args, `f`s and `g|h", "k` of w_, x", "", ">>> a|b"]
+    assert escaped(lines) == [r"the norm \|x\| of \*args, `f`\ s and `g|h", r"k` of w\_, x", "", ">>> a|b"]
+
+
+def test_everything_public_is_documented_once():
+    paths = [path for objects in OBJECTS.values() for path in objects]
+    assert {"liplayers.lipschitz_bound", "liplayers.certification.CertifiedNetwork"} <= set(paths)
+    assert not [path for objects in OBJECTS.values() for path, value in objects.items() if not inspect.getdoc(value)]
+    assert len(paths) == len(set(paths))
 
 
 def test_the_readme_is_short():
