@@ -58,6 +58,9 @@ pages.write(GENERATED)
 intersphinx_mapping = {"torch": ("https://docs.pytorch.org/docs/stable", str(GENERATED / "torch.inv"))}
 
 
+COPIED = {"benchmarks/results/": "results/", "notebooks/": "notebooks/", "configs)": "recipes.md)"}
+
+
 def docstring_is_plain_text(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     described = what != "data" or "\n".join(lines).strip() != inspect.getdoc(type(obj))  # a dict's is about dicts
     lines[:] = pages.escaped(lines) if described else []
@@ -66,8 +69,8 @@ def docstring_is_plain_text(app: Sphinx, what: str, name: str, obj: object, opti
 def repository_links(app: Sphinx, name: str, source: list[str]) -> None:
     """Links that work in the repository work in the manual, where what is outside docs/ was copied into it."""
     root = "../" * (name.count("/") + 1)
-    source[0] = source[0].replace(f"({root}benchmarks/results/", "(/generated/results/")
-    source[0] = source[0].replace(f"({root}notebooks/", "(/generated/notebooks/")
+    for outside, inside in COPIED.items():
+        source[0] = source[0].replace(f"]({root}{outside}", f"](/generated/{inside}")
 
 
 def link_names(app: Sphinx, doctree: document, name: str) -> None:
