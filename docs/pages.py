@@ -260,20 +260,34 @@ def write_results(folder: Path) -> None:
 
 # Torch's names
 
+TORCH = {  # where torch documents names, each on a page of its own, and the modules that define them
+    "torch.nn": "torch.nn.modules",
+    "torch.nn.functional": "torch.nn.functional",
+    "torch.optim": "torch.optim.",
+    "torch.optim.lr_scheduler": "torch.optim.lr_scheduler",
+}
+SHARED_PAGES = {
+    "torch.Tensor": "tensors",
+    "torch.dtype": "tensor_attributes",
+    "torch.device": "tensor_attributes",
+    "torch.optim.Optimizer": "optim",
+}
+
 
 def torch_names() -> Iterator[tuple[str, str, str]]:
-    """(name, kind, page) of what our signatures and docstrings name of torch: its page has one address for each."""
-    yield "torch.Tensor", "class", "tensors.html#torch.Tensor"
-    for name in ("dtype", "device"):
-        yield f"torch.{name}", "class", f"tensor_attributes.html#torch.{name}"
-    for package in ("torch.nn", "torch.nn.functional", "torch.optim", "torch.optim.lr_scheduler"):
+    """(name, kind, address) of what our signatures and docstrings name of torch, also under the path of its module."""
+    for name, page in SHARED_PAGES.items():
+        yield name, "class", f"{page}.html#{name}"
+    yield "torch.optim.optimizer.Optimizer", "class", "optim.html#torch.optim.Optimizer"
+    for package, modules in TORCH.items():
         for name, value in vars(importlib.import_module(package)).items():
             home = getattr(value, "__module__", None) or ""
-            documented = home.startswith(("torch.nn.modules", "torch.nn.functional", "torch.optim."))
-            if documented and not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
-                kind = "class" if inspect.isclass(value) else "function"
-                for alias in dict.fromkeys((f"{package}.{name}", f"{home}.{name}")):
-                    yield alias, kind, f"generated/{package}.{name}.html#{package}.{name}"
+            path = f"{package}.{name}"
+            if name.startswith("_") or not home.startswith(modules) or path in SHARED_PAGES:
+                continue
+            kind = "class" if inspect.isclass(value) else "function"
+            for alias in dict.fromkeys((path, f"{home}.{name}")):
+                yield alias, kind, f"generated/{path}.html#{path}"
 
 
 def write_inventory(path: Path) -> None:
