@@ -1,4 +1,4 @@
-# make demo, make test: each sets up what it needs.
+# make demo, make test, make docs: each sets up what it needs.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,7 +7,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # two torch processes that each use every core slow each other down tenfold
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: demo test nightly portability lint clean
+.PHONY: demo test nightly portability lint wheel docs clean
 
 demo: .venv/installed
 	@echo "== training a certified network on scikit-learn's handwritten digits (about a minute)"
@@ -41,6 +41,19 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy liplayers benchmarks docs train.py certify.py
+
+wheel: .venv/installed
+	@echo "== the wheel"
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+docs: .venv/installed-docs
+	@echo "== the manual"
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "build/docs/index.html"
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	@touch $@
 
 .venv/installed: pyproject.toml
 	@echo "== making .venv and installing liplayers with its dependencies (torch is large: some minutes)"

@@ -454,7 +454,7 @@ def markdown(found: Sequence[Summary], row: Result) -> str:
         "|---" + "|--:" * (len(headings) - 1) + "|",
         *(f"| {' | '.join([each.layer, *_cells(each)])} |" for each in found),
         "",
-        "Layers that none of the others trains faster than and is certified as well as, the fastest first:",
+        "Pareto-optimal layers (no other trains faster and is certified as well), the fastest first:",
         "",
         *(f"- at {radius}/255: {', '.join(each.layer for each in undominated(found, radius))}" for radius in SHOWN),
     ]

@@ -5,7 +5,9 @@ What a family supports is found by building its layers; formulas, costs and sour
 
 from __future__ import annotations
 
+import copy
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import liplayers
 from liplayers import FAMILIES, Family
 from liplayers.errors import ArgumentError, LipschitzError
 from liplayers.layers.activations import ACTIVATIONS, SLOPE_RANGES, Householder, MaxMin, get_activation, slope_range
@@ -122,6 +125,49 @@ def blocks_table(families: Iterable[Family]) -> str:
     return table(["block", *sizes, *activations, "𝓛 ≠ 1", "circular", "kernel size", "stride"], rows)
 
 
+def decay_table(families: Iterable[Family]) -> str:
+    """What shorter raw parameters make of each layer, found by shortening them."""
+    rows = []
+    for family in families:
+        for role, make in _classes(family).items():
+            effect = effect_of_decay(make, role)
+            rows.append([f"`{make.__name__}`", effect])
+    return table(["layer", "raw parameters towards 0"], rows)
+
+
+def effect_of_decay(make: Callable[..., nn.Module], role: str) -> str:
+    """What a layer without biases computes with all of its parameters made shorter, against what it computes now."""
+    images = role.startswith("conv")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        sizes: dict[str, Any] = {"kernel_size": 3, "padding": 1, "bias": False} if images else {"bias": False}
+        layer = (make(8) if role.endswith("block") else make(8, 8, **sizes)).double()
+        x = torch.randn((2, 8, 6, 6) if images else (5, 8), dtype=torch.float64)
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(0 * parameter if "bias" in name else parameter + 0.3 * torch.randn_like(parameter))
+        now = layer(x)
+        shorter = copy.deepcopy(layer)
+        for parameter in shorter.parameters():
+            parameter.mul_(1e-8)
+        then = shorter(x)
+    if torch.allclose(then, now, rtol=1e-6, atol=1e-6):
+        return "the same map: only their direction counts"
+    if then.norm() < 1e-3 * now.norm():
+        return "the zero map"
+    return "the identity" if (then - x).norm() < 1e-2 * x.norm() else "another map"
+
+
+def modules_table() -> str:
+    """Every other module that `import liplayers` gives, with what it is."""
+    of_families = {make for family in FAMILIES.values() for make in _classes(family).values()}
+    others = {
+        name: make
+        for name, make in vars(liplayers).items()
+        if inspect.isclass(make) and issubclass(make, nn.Module) and make not in of_families
+    }
+    return table(["module", ""], [[f"`{name}`", _first_line(others[name])] for name in sorted(others)])
+
+
 def activations_table() -> str:
     """The activations by name and torch's own, with the slope ranges that residual proofs ask for."""
     named = {name: get_activation(name) for name in ACTIVATIONS}
@@ -147,12 +193,31 @@ def _paragraphs(text: str) -> list[str]:
     return [" ".join(part.split()) for part in text.split("\n\n")]
 
 
+def _first_line(make: Any) -> str:
+    return _paragraphs(inspect.getdoc(make) or "")[0].replace("|", "\\|")
+
+
+def signature(make: Any) -> str:
+    """The constructor with names and defaults."""
+    parameters = inspect.signature(make).parameters.values()
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    return f"{make.__name__}{inspect.Signature(plain)}"
+
+
+def arguments(doc: str) -> str:
+    """The section "Args" of a docstring as a list."""
+    section = re.search(r"^Args:\n((?: .*\n?)+)", doc, re.MULTILINE)
+    entries = re.split(r"\n    (?=\S)", section[1].strip()) if section else []
+    named = [" ".join(entry.split()).partition(": ") for entry in entries]
+    return "\n".join(f"- *{name}*: {text}" for name, _, text in named)
+
+
 def class_text(make: Any) -> str:
-    """Signature, description and source of one class, from its docstring."""
+    """Signature, description, arguments and source of one class, from its docstring."""
     doc = inspect.getdoc(make) or ""
     described = doc.split("\nArgs:")[0].split("\n>>>")[0].split("\nSource:")[0]
     source = doc.partition("\nSource:")[2].split("\n\n")[0]
-    lines = [f"**`{make.__name__}`** — {_paragraphs(described)[0]}", *_paragraphs(described)[1:]]
+    lines = [f"### {make.__name__}", f"`{signature(make)}`", *_paragraphs(described), arguments(doc)]
     if source:
         lines.append(f"Source: {' '.join(source.split())}")
     return "\n\n".join(line for line in lines if line)
@@ -182,6 +247,14 @@ def page() -> str:
         "## Activations",
         "Blocks whose proof needs slopes in [0, 1] refuse the others. Torch's with their default arguments.",
         activations_table(),
+        "## What weight decay does",
+        "An optimizer's weight decay shortens the raw parameters. This table says what the layer tends to; measured, "
+        "with biases at 0. Where only the direction counts, decay does not change the map: it changes how far a step "
+        "turns the parameters. The parameters of `ManifoldLinear` and the rotations of `LipNeXtBlock` are weights "
+        "themselves; `ManifoldMuon` and `ManifoldAdamW` do not decay them.",
+        decay_table(families),
+        "## Other modules",
+        modules_table(),
         *(family_text(family.name) for family in families),
     ]
     return "\n\n".join(parts) + "\n"

@@ -68,7 +68,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: its config builds a model on the meta device, without values")
         for name, tensor in self.state_dict.items():
             if not isinstance(tensor, Tensor) or (name in own and tensor.is_complex() != own[name].is_complex()):
-                raise CheckpointError(f"{self.path}: {name} is no tensor of the kind that its model has")
+                raise CheckpointError(f"{self.path}: {name} is not a tensor, or not real or complex as in its model")
         try:
             model.load_state_dict(self.state_dict)
         except RuntimeError as error:

@@ -1,7 +1,7 @@
 """From layers with parametrisations to plain weights, and from those to torch.export, ONNX and safetensors.
 
 `freeze` computes every weight once. What becomes what is stated for the base classes that families share, so that a
-new family freezes by itself; one that computes otherwise states it in a method `frozen`.
+new family freezes by itself; one with another computation implements the method `frozen`.
 """
 
 from __future__ import annotations

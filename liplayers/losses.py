@@ -73,7 +73,9 @@ def logit_annealing(
     r"""T(1 − p_y)^β(−log p_y), p = softmax((f − ξ·onehot(y))/T): the pull on a point fades as its margin grows.
 
     Args:
-        temperature: T > 0. offset: ξ. exponent: β ≥ 0; 0 is the offset cross-entropy.
+        temperature: T > 0.
+        offset: ξ, in units of the logits.
+        exponent: β ≥ 0; 0 is the offset cross-entropy.
 
     Source: Lai et al. 2025, arXiv 2505.15174 (its code's ξ = 2; its text gives 2√2).
 
@@ -115,7 +117,7 @@ def multi_margin(logits: Tensor, target: Tensor, margin: float) -> Tensor:
     r"""(1/K)·Σ_{j≠y} relu(u − (f_y − f_j)): a hinge on every margin of the true class.
 
     Args:
-        margin: u > 0, in units of the logits. A point stops to count once all its margins reach u, so u sets the radius
+        margin: u > 0, in units of the logits. A point adds nothing once all its margins reach u, so u sets the radius
             trained for, u/L: larger ones trade clean accuracy for certified accuracy at larger radii.
 
     Source: Crammer & Singer 2001, summed over the classes; `torch.nn.functional.multi_margin_loss`.

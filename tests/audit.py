@@ -114,7 +114,7 @@ def worst_norm(module: nn.Module, input_shape: tuple[int, ...], nonlinear: bool,
 
 
 def executed_in_double(module: nn.Module) -> nn.Module:
-    """A float64 copy that runs the very weights that `module` runs, rounded as they are."""
+    """A float64 copy that runs the same weights as `module`, rounded as they are."""
     double = copy.deepcopy(module).double()
     for ours, theirs in zip(double.modules(), module.modules(), strict=True):
         if isinstance(ours, ParametrizedModule):

@@ -70,7 +70,7 @@ def layer_bounds(model: nn.Module, input_shape: Shape | None = None) -> dict[str
 
 
 def register_bound(module_type: type[nn.Module], rule: Callable[[nn.Module, Shape | None], float]) -> None:
-    """State the bound of a module type that is not ours: rule(module, input shape or None) → bound.
+    """State the bound of a module type from outside liplayers: rule(module, input shape or None) → bound.
 
     The rule is trusted; it holds for that exact type, not for subclasses.
     """

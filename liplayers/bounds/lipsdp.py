@@ -68,7 +68,7 @@ class LipSDP:
     Attributes:
         bound: proven, never above `product`.
         product: the bound composed from those of the layers, for their weights as they run.
-        solver_value: what the solver claimed, proven by nothing; NaN where it failed or there was nothing to solve.
+        solver_value: what the solver claimed, without a proof; NaN where it failed or there was nothing to solve.
         lmi_size: rows of the matrix that had to be positive semidefinite.
         seconds: in all.
     """

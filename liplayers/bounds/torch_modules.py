@@ -1,4 +1,4 @@
-"""Bounds of torch's own modules. What is not here is unknown, and unknown raises."""
+"""Bounds of torch's own modules. A module that is not here has no known bound, and raises."""
 
 from __future__ import annotations
 

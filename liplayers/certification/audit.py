@@ -1,4 +1,4 @@
-"""The audit: everything that could refute certificates, run against them. That nothing does is no proof of them."""
+"""The audit runs every attack that could refute a certificate. An audit that refutes none proves nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attacks that live on rounding: points that barely keep their class, and the tiny balls about them.
+"""Attacks that exploit rounding: points that barely keep their class, and the tiny balls about them.
 
 Source: Jin, Ohrimenko & Rubinstein 2022, arXiv 2205.10159.
 """

@@ -90,7 +90,7 @@ def proof_line(report: Mapping[str, Any]) -> str:
     """What stands behind a table, in a line."""
     body = f"Lipschitz bound below the head {report['lipschitz']['body']:.9g}"
     if "rounding" not in report:
-        return f"mode=fast: {body}; rounding is not counted, these figures are no proofs"
+        return f"mode=fast: {body}; rounding is not counted, these figures prove nothing"
     rounding = report["rounding"]
     worst = rounding["largest_term"]
     most = f", most of it in {worst['layer'] or 'the model'}" if worst and worst["error"] else ""

@@ -44,9 +44,7 @@ def certify(cfg: DictConfig) -> dict[str, Any]:
     if flag("audit", cfg.audit):
         integer("audit_samples", cfg.audit_samples, least=1)
         if cfg.mode != "proof":
-            raise ConfigError(
-                f"audit=true needs mode=proof, got mode={cfg.mode}: other figures are no proofs to refute"
-            )
+            raise ConfigError(f"audit=true needs mode=proof, got mode={cfg.mode}: other figures are not proofs")
     done = {name: certify_one(checkpoint, cfg, eps) for name, checkpoint in checkpoints.items()}
     if len({one.report["data"]["sha256"] for one in done.values()}) > 1:
         raise ConfigError(f"ckpt={list(paths)}: trained for different data; certify them one at a time")

@@ -79,12 +79,12 @@ class Front:
     def explanation(self) -> str:
         return (
             f"accuracy in % on the {SPLITS[self.split]} at the epoch of best.ckpt, certified at l2 radius ε={self.eps} "
-            f"from float32 margins (no proof); ★: no other run is as good in both and better in one"
+            f"from float32 margins (no proof); ★: Pareto-optimal"
         )
 
 
 def non_dominated(points: np.ndarray) -> np.ndarray:
-    """Which points no other point matches in every coordinate and exceeds in one; equal points stand together.
+    """Which points are Pareto-optimal: none is as large in every coordinate and larger in one.
 
     Args:
         points: (N, D), larger is better.

@@ -152,7 +152,7 @@ def _begin(cfg: DictConfig, output: Path, module: CertifiedClassifier, data: str
 
 
 def _check_settings(cfg: DictConfig, output: Path) -> None:
-    """What can be told before any data is read."""
+    """The checks of settings that need no data."""
     integer("seed", cfg.seed)
     if cfg.threads is not None:
         torch.set_num_threads(integer("threads", cfg.threads, least=1))
@@ -194,7 +194,7 @@ def _resumed_step(checkpoint: Checkpoint, module: CertifiedClassifier, max_epoch
 
 
 def _quieten() -> None:
-    """Silence what Lightning says that is not the user's to mend, or that we say already."""
+    """Silence messages of Lightning that a user cannot act on, or that we print ourselves."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # the position in the epoch is not the loader's, as Lightning expects, but read by the sampler
@@ -243,7 +243,7 @@ def _training_radii(cfg: DictConfig) -> tuple[float, list[float]]:
 
 
 def _try_optimizer(module: CertifiedClassifier) -> None:
-    """Build the optimizer once for nothing, so that a bad setting is told before the data is looked at for long."""
+    """Build the optimizer once and drop it, so that a bad setting is reported before training begins."""
     try:
         module.optimizer_factory(module.model.parameters())
     except (TypeError, ValueError) as error:

@@ -68,7 +68,7 @@ def _read(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
         hashes = [report["checkpoint"]["sha256"], report["network"]["sha256"], report["certificates_sha256"]]
         if not all(isinstance(value, str) and _HASH.fullmatch(value) for value in hashes):
-            raise TypeError("a sha256 that is none")
+            raise TypeError("not a sha256")
         if report["mode"] not in MODES or report["data"]["split"] not in SPLITS:
             raise TypeError("an unknown mode or split")
         entries = report["results"]["certified_accuracy"]

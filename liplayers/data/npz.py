@@ -1,4 +1,4 @@
-"""Data of one's own in two NumPy archives."""
+"""Your own data, in two NumPy archives."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def _read_labels(path: Path, samples: int) -> np.ndarray:
     if values.shape[1] != 1:
         raise DataError(f"UCI data: {path} has {values.shape[1]} columns; expected one, the labels")
     _refuse(path, (values < 0) | (values % 1 != 0), values, "a class number 0, 1, 2, …")
-    # More classes than rows is a gap, too; told before anything of that size is made.
+    # More classes than rows is a gap, too; reported before anything of that size is made.
     _refuse(path, values >= samples, values, f"a class number below the number of rows, {samples}")
     labels = values[:, 0].astype(np.int64)
     _check_spelling(f"UCI data: {path}, column 1", labels.tolist(), [line[0] for line in cells], {})
@@ -339,7 +339,7 @@ class TableData(DataModule):
 
     Raises:
         ArgumentError: an argument out of range, or fractions that leave nothing to train, validate or test on.
-        UnknownNameError: from `setup`, a target or feature that is no column.
+        UnknownNameError: from `setup`, a target or feature that is not a column.
         DataNotFoundError: from `setup`, when a file is absent.
         DataError: from `setup`, a file that cannot be read, has no rows, unnamed or duplicate columns, or columns other
             than the training file; a feature that is not a number, missing, infinite, or constant on the training rows;

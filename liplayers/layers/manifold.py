@@ -84,10 +84,10 @@ class ManifoldLinear(ManifoldModule, LipschitzLinear):
     `ManifoldMuon` trains it; any other optimiser leaves the manifold. `lipschitz_bound()` is √(1 + ‖G − I‖) with a
     proven bound on the norm, G the Gram matrix of the weight that runs (or a bound of ‖W‖ itself where that is
     less): 1 up to rounding on the manifold, larger off it, a proof everywhere. Supports every size. Signal gain at
-    initialisation: 1, or where out_features < in_features √(out/in) on average, and for the identity what the features
-    it keeps have of the whole norm. Cost: that of nn.Linear; a step of `ManifoldAdamW` multiplies it by matrices of the
+    initialisation: 1, or where out_features < in_features √(out/in) on average, and for the identity the share of the
+    norm that it keeps. Cost: that of nn.Linear; a step of `ManifoldAdamW` multiplies it by matrices of the
     longer side and keeps two of these, one of `ManifoldMuon` by matrices of the shorter side, so that very wide layers
-    are dear to train.
+    are expensive to train.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.

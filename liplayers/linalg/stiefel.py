@@ -90,7 +90,7 @@ def fast_polar_factor(T: Tensor) -> Tensor:
     """The polar factor of T from nine products, roughly: singular values of 4 % to 100 % of a bound become 0.9 to 1.1.
 
     Three odd polynomials of degree five, after a division by 1.1·‖TTᵀ‖_F^½ ≥ ‖T‖; the first product gives it. For the
-    direction of a step, not for weights; bears bfloat16. Zero gives zero.
+    direction of a step, not for weights; works in bfloat16. Zero gives zero.
 
     Args:
         T: (..., m, n) with m ≤ n.

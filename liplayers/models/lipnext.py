@@ -1,7 +1,7 @@
 """LipNeXt: orthogonal patch embedding, blocks of pointwise orthogonal maps and shifts, ℓ2 pooling (Hu et al. 2026,
 arXiv 2601.18513).
 
-No public code exists: the stem, the patch size and a position embedding in every block are our reading.
+No public code exists: the stem, the patch size and a position embedding in every block are our choice.
 """
 
 from __future__ import annotations

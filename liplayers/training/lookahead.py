@@ -18,7 +18,7 @@ class Lookahead(Optimizer):
         φ ← φ + α·(θ − φ),   θ ← φ
 
     The inner optimizer's moments are kept. Under `ManifoldAdamW` or `ManifoldMuon` the orthogonal parameters are
-    retracted afterwards, since a mean of orthogonal matrices is none; it costs as much as ten steps.
+    retracted afterwards, since their mean is not orthogonal; it costs as much as ten steps.
 
     Args:
         params: parameters or groups of them.

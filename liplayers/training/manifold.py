@@ -244,7 +244,7 @@ class ManifoldMuon(ManifoldOptimizer):
                 _wide(p).copy_(X)
 
     def _nesterov(self, stack: list[Tensor], beta: float) -> Iterator[Tensor]:
-        """Each gradient, moved by β to its mean, which takes it up first."""
+        """Update each gradient's running mean, then yield the gradient moved by β towards that mean."""
         for p in stack:
             if not self.state[p]:
                 self.state[p] = {"momentum": torch.zeros_like(p)}

@@ -37,7 +37,7 @@ def _bound_moves(module: nn.Module) -> bool:
 class CertifiedClassifier(L.LightningModule):
     """Trains a classifier and logs, for each epoch, loss, clean accuracy, certified accuracy and mean margin.
 
-    The certified accuracies logged here come from float32 margins: they monitor the training and are no proof. Those
+    The certified accuracies logged here come from float32 margins: they monitor the training and prove nothing. Those
     of training batches take the last bound that was computed, at the start of the epoch or in a validation, unless the
     loss needs that of every step or there is no validation split, so that they select the checkpoint.
 
@@ -53,7 +53,7 @@ class CertifiedClassifier(L.LightningModule):
         channels_last: whether images are handed to the model with their channels last in memory.
 
     Raises:
-        ConfigError: `channels_last` for inputs that are no images (C, H, W).
+        ConfigError: `channels_last` for inputs that are not images (C, H, W).
         UnknownBoundError: a part of the model without a known bound.
     """
 

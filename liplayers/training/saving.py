@@ -1,4 +1,4 @@
-"""Checkpoints that a run can always go on from: whole files, and some within a long epoch."""
+"""Checkpoints that a run can always be resumed from: whole files, and some within a long epoch."""
 
 from __future__ import annotations
 
