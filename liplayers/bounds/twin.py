@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import TypeVar
@@ -48,19 +46,6 @@ def private_copy(model: Model) -> Model:
             return _copied(model, shared)
     except Exception as error:  # of the user's attributes: anything may come out
         raise UnknownBoundError(f"it cannot be copied for a trial run ({' '.join(str(error).split())})") from None
-
-
-@contextmanager
-def random_numbers_kept() -> Iterator[None]:
-    """Puts torch's random numbers back to where they were, if they were drawn."""
-    cuda = [torch.cuda] if torch.cuda.is_initialized() else []
-    states = [(owner, owner.get_rng_state()) for owner in (torch, *cuda)]
-    try:
-        yield
-    finally:
-        for owner, state in states:
-            if not torch.equal(owner.get_rng_state(), state):
-                owner.set_rng_state(state)
 
 
 def _copied(model: Model, memo: dict[int, object]) -> Model:
