@@ -44,6 +44,8 @@ def private_copy(model: Model) -> Model:
                 alias = p.detach().clone() if p.is_inference() else p.detach()
                 shared[id(p)] = nn.Parameter(alias, requires_grad=False)
             return _copied(model, shared)
+    except UnknownBoundError:
+        raise
     except Exception as error:  # of the user's attributes: anything may come out
         raise UnknownBoundError(f"it cannot be copied for a trial run ({' '.join(str(error).split())})") from None
 
@@ -51,6 +53,8 @@ def private_copy(model: Model) -> Model:
 def _copied(model: Model, memo: dict[int, object]) -> Model:
     other = copy.deepcopy(model, memo)
     for own, copied in zip(model.modules(), other.modules(), strict=True):
+        if type(copied) is not type(own):  # a __deepcopy__ of its own
+            raise UnknownBoundError(f"a copy of it has {type(copied).__name__} in the place of {type(own).__name__}")
         if "_kept" in vars(own):  # effective weights, which a copy would compute again
             vars(copied)["_kept"] = vars(own)["_kept"]
     return other

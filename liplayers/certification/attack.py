@@ -400,6 +400,8 @@ def check_samples(model: nn.Module, inputs: Tensor, labels: Tensor, radius: Tens
         raise ShapeError(f"labels: {tuple(labels.shape)} of {labels.dtype}; expected ({n},) of torch.int64")
     with torch.no_grad():
         logits = model(inputs[:1])
+    if logits.dtype != torch.float64:
+        raise ArgumentError(f"the model: logits of {logits.dtype}; an attack needs the float64 model, model.double()")
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ShapeError(f"the model maps one input to logits of shape {tuple(logits.shape)}; expected (1, K), K ≥ 2")
     wrong = ((labels < 0) | (labels >= logits.shape[1])).nonzero()

@@ -93,10 +93,10 @@ def certify(
         done = 0
         for inputs, labels in batches:
             _check_inputs(inputs, network.input_shape, input_range, done)
-            logits = network(inputs).cpu()
+            logits, radius = network.logits_and_radius(inputs)
+            logits = logits.cpu()
             prediction = torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
             best = logits.topk(2, 1).values
-            radius = network.radius(inputs, logits)
             for column, value in zip(columns, (labels.cpu(), prediction, best[:, 0] - best[:, 1], radius), strict=True):
                 column.append(value)
             done += len(inputs)

@@ -138,18 +138,22 @@ class ParametrizedModule(LipschitzModule):
                 entry = shared[(self, key)] = (raw, versions, self._compute(*key))
             return entry[2]
         kept, differentiable = self._kept, torch.is_grad_enabled()
-        # inference tensors would be of no use to a later backward pass with respect to the input
-        with kept.lock, torch.inference_mode(False), torch.set_grad_enabled(differentiable):
-            if len(kept.raw) != len(raw) or not all(map(_identical, kept.raw, raw)):
-                kept.raw, kept.weights = [p.detach().clone() for p in raw], {}
-            entry = kept.weights.get(key)
-            if entry is None or entry[0] != _versions(entry[1]):  # someone wrote into the weight that was handed out
+        with kept.lock:
+            unchanged = len(kept.raw) == len(raw) and all(map(_identical, kept.raw, raw))
+            entry = kept.weights.get(key) if unchanged else None
+            # nobody wrote into the weight that was handed out
+            if entry is not None and entry[0] == _versions(entry[1]):
+                return entry[1]
+            # inference tensors would be of no use to a later backward pass with respect to the input
+            with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+                if not unchanged:
+                    kept.raw, kept.weights = [p.detach().clone() for p in raw], {}
                 kept.weights.pop(key, None)
                 if len(kept.weights) >= _SIZES_KEPT:
                     kept.weights.pop(next(iter(kept.weights)))
                 weight = self._holding(kept.raw)._compute(*key)
-                entry = kept.weights[key] = (_versions(weight), weight)
-            return entry[1]
+                kept.weights[key] = (_versions(weight), weight)
+            return weight
 
     def _holding(self, raw: Sequence[Tensor]) -> Self:
         """This layer with other raw parameters, which no other thread writes to."""
@@ -246,7 +250,7 @@ def held(settings: Sequence[Setting], general: Sequence[Setting] = ()) -> Iterat
     taken: list[Setting] = []
     try:
         with _settings_lock:
-            if not all(setting.fits for setting in settings):
+            if any(setting.holders for setting in general) or not all(setting.fits for setting in settings):
                 taken.extend(setting for setting in (*general, *settings) if setting.take())
         yield
     finally:
