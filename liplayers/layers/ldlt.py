@@ -55,9 +55,9 @@ class LDLTSequential(DenseLMIBlock):
     For slopes in [0, 1], C_l = √2 Λ_l^(−½) T_l⁻¹V_l F_{l−1}⁻¹ and B = T_{n+1}⁻¹V_{n+1}F_n⁻¹, T_l T_lᵀ = V_l V_lᵀ + I,
     F_0 = I/𝓛, F_l = Λ_l^(−½) T_lᵀ/√2; other slopes in `liplayers.linalg.lmi.ldlt_weights`. Every network that strictly
     satisfies the LMI is reached. Contraction with constant 𝓛 (1-Lipschitz for 𝓛 = 1). Signal gain at initialisation is
-    0.7 for each of the first four layers of ReLU, and 1 for further ones, which start as identities, but 0.7 where their
-    size changes; with MaxMin 0.99 for each. Cost: for each layer a Cholesky factorisation and two solves in float64
-    (two and three where the slopes are not in [0, β]).
+    0.7 for each of the first four layers of ReLU, and 1 for further ones, which start as identities, but 0.7 where
+    their size changes; with MaxMin 0.99 for each. Cost: for each layer a Cholesky factorisation and two solves in
+    float64 (two and three where the slopes are not in [0, β]).
 
     Args:
         features: size of the input.
