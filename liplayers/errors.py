@@ -6,7 +6,8 @@ A message is one line that names the thing, says what was got and what was expec
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 
 class LipschitzError(Exception):
@@ -29,8 +30,40 @@ class NonFiniteError(LipschitzError, ValueError):
     """NaN or infinity where a number is needed."""
 
 
+class Obstacle(NamedTuple):
+    """A module about which no bound is known: its path, empty for the whole model, its type, and why."""
+
+    path: str
+    type: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path or 'the model'} ({self.type}): {self.reason}"
+
+
 class UnknownBoundError(LipschitzError, TypeError):
-    """A module about which no Lipschitz bound is known; it never counts as 1."""
+    """A module about which no Lipschitz bound is known; it never counts as 1.
+
+    Attributes:
+        obstacles: all that were found, where a whole model was looked at.
+    """
+
+    obstacles: tuple[Obstacle, ...] = ()
+
+    @classmethod
+    def of(cls, obstacles: Sequence[Obstacle]) -> UnknownBoundError:
+        """The error that names them all."""
+        own_mend = ("pass input_shape", "model.eval()", ": write x")
+        text = "; ".join(map(str, obstacles))
+        text = text if len(obstacles) == 1 else f"{len(obstacles)} obstacles: {text}"
+        if not all(any(mend in obstacle.reason for mend in own_mend) for obstacle in obstacles):
+            text += (
+                "; replace it, give it a lipschitz_bound() by deriving from LipschitzModule, "
+                "or state its bound with liplayers.register_bound"
+            )
+        error = cls(text)
+        error.obstacles = tuple(obstacles)
+        return error
 
 
 class UnknownNameError(LipschitzError, LookupError):

@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from liplayers.bounds.composition import _record_shapes, is_changed
+from liplayers.bounds.composition import _record_shapes
 from liplayers.bounds.torch_modules import Shape
 from liplayers.errors import ArgumentError, ExportError, LipschitzError, MissingPackageError, OutputError
 from liplayers.layers.activations import Householder
@@ -39,6 +39,7 @@ from liplayers.layers.frozen import (
     Placement,
     constant,
 )
+from liplayers.layers.intact import is_changed
 from liplayers.layers.lipnext import LipNeXtBlock
 from liplayers.layers.lmi import Conv2dLMIBlock, DenseLMIBlock
 from liplayers.layers.offsets import PositionEmbedding
@@ -79,9 +80,10 @@ def freeze(model: nn.Module, input_shape: Shape | None = None, *, dtype: torch.d
       (1): MaxMin(dim=1)
     )
     """
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        raise ArgumentError(f"freeze: dtype={dtype!r}; expected a floating point dtype of torch")
+    check_plain(model)
     if dtype is not None:
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ArgumentError(f"freeze: dtype={dtype!r}; expected a floating point dtype of torch")
         model = copy.deepcopy(model).to(dtype)
     shapes = {} if input_shape is None else _record_shapes(model, tuple(input_shape))
     freezer = _Freezer(shapes, input_shape)
@@ -109,7 +111,6 @@ class _Freezer:
         for name, child in module.named_children():
             self.visit(child, f"{path}.{name}" if path else name)
         try:
-            _check_plain(module)
             rule = _rule(module)
             if rule is not None:
                 self.done[id(module)] = rule(module, self)
@@ -137,14 +138,16 @@ class _Freezer:
         return height, width
 
 
-def _check_plain(module: nn.Module) -> None:
-    """Raise ArgumentError where a copy, or what replaces it, would silently lose or keep something."""
-    if is_changed(module):
-        raise ArgumentError(
-            "it has forward hooks, or a replaced forward or __call__, which freezing cannot keep: remove them first"
-        )
-    if is_parametrized(module):
-        raise ArgumentError("it has parametrizations of torch: call torch.nn.utils.parametrize.remove_parametrizations")
+def check_plain(model: nn.Module) -> None:
+    """Raise ArgumentError where a copy of a model, or what replaces a module, would silently lose or keep something."""
+    for path, module in model.named_modules():
+        reason = None
+        if is_changed(module):
+            reason = "it has forward hooks, or a replaced forward, method or __call__, which freezing cannot keep"
+        elif is_parametrized(module):
+            reason = "it has parametrizations of torch: call torch.nn.utils.parametrize.remove_parametrizations"
+        if reason is not None:
+            raise ArgumentError(f"{path or 'the model'} ({type(module).__name__}): {reason}")
 
 
 Rule = Callable[[Any, _Freezer], nn.Module]

@@ -629,7 +629,7 @@ def test_autocast_computes_weights_in_float32_and_the_bound_counts_rounding(fami
             part.compute_effective = spying  # type: ignore[method-assign]
     with torch.autocast("cpu", dtype):
         layer(x).float().square().sum().backward()
-        bound = liplayers.lipschitz_bound(layer)
+        layer.lipschitz_bound()
     assert all(d.itemsize >= 4 for d in seen)
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
     for part in layer.modules():
@@ -821,9 +821,9 @@ def test_the_cached_context_notices_parameters_put_in_their_place(family: str, r
 
 @REGISTERED
 def test_weights_are_computed_without_tf32(family: str, role: str):
-    """cudnn's convolutions run in TF32 unless told otherwise, and an autocorrelation is one."""
+    """A bound proven in float32 says nothing of a weight that was computed in TF32 or bfloat16."""
     layer, shape = example(family, role)
-    settings = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul]
+    settings = [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]  # those of the CPU
     seen = []
     for part in layer.modules():
         if isinstance(part, ParametrizedModule):
@@ -839,7 +839,7 @@ def test_weights_are_computed_without_tf32(family: str, role: str):
         for backend in settings:
             backend.fp32_precision = "tf32"
         layer(torch.randn(2, *shape))
-        assert [backend.fp32_precision for backend in settings] == ["tf32"] * 3
+        assert [backend.fp32_precision for backend in settings] == ["tf32"] * 2
     finally:
         for backend, precision in zip(settings, before, strict=True):
             backend.fp32_precision = precision

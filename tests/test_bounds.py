@@ -238,7 +238,7 @@ def test_module_used_twice_counts_twice():
         def forward(self, x):
             return self.a(self.a(x))
 
-    assert lp.lipschitz_bound(Twice()) == 4
+    assert lp.lipschitz_bound(Twice(), (3,)) == 4
 
 
 def forward_of(body) -> nn.Module:

@@ -64,7 +64,7 @@ def every_module() -> Iterator[tuple[nn.Module, tuple[int, ...]]]:
 
 def settings_of(module: nn.Module) -> list[str]:
     """What a constructor put into a module beside parameters, buffers and modules, and properties computed from it."""
-    state = {*vars(nn.Module()), "_cache", "_raw_seen"}
+    state = {*vars(nn.Module()), "_kept"}
     given = [name for name in vars(module) if name not in state]
     rules = [n for cls in type(module).__mro__ for n, v in vars(cls).items() if isinstance(v, property) and not v.fset]
     return [*given, *rules]

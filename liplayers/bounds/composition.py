@@ -1,26 +1,32 @@
 """The Lipschitz bound of a whole model, composed from the bounds of its layers.
 
 Sequential modules multiply, containers state their rule (`Container.compose_bounds`), torch's own modules are in
-`torch_modules`, and any other module is traced: sums add, concatenations take the root of the sum of squares. A
-module or operation that is not known raises `UnknownBoundError` with its path and type; it never counts as 1. Every
-number is rounded upward.
+`torch_modules`, and any other module is traced: sums add, concatenations take the root of the sum of squares. What is
+traced is compared with what runs (`trial`). A walk has two phases: first every module or operation that is not known is
+found, and all of them are named by path and type in one `UnknownBoundError`; they never count as 1. Only then are norms
+computed. Every number is rounded upward.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from liplayers.bounds.graph import evaluating, graph_bounds, trace, value_shapes
+from liplayers.bounds.graph import Program, Shapes, graph_bounds, trace
 from liplayers.bounds.torch_modules import RULES, Shape, torch_bound
-from liplayers.errors import NonFiniteError, ShapeError, UnknownBoundError
-from liplayers.layers.base import LipschitzLinear, LipschitzModule
+from liplayers.bounds.trial import Trial
+from liplayers.bounds.twin import private_copy, random_numbers_kept
+from liplayers.errors import ArgumentError, LipschitzError, NonFiniteError, Obstacle, ShapeError, UnknownBoundError
+from liplayers.layers.base import LipschitzLinear, LipschitzModule, executed_dtype
 from liplayers.layers.containers import Container
 from liplayers.layers.heads import rounded_up, row_distances
+from liplayers.layers.intact import is_changed, require_intact
 from liplayers.linalg import upward
 from liplayers.linalg.verified import Enclosure
 
@@ -30,13 +36,16 @@ def lipschitz_bound(model: nn.Module, input_shape: Shape | None = None) -> float
 
     Args:
         model: any module whose parts are known.
-        input_shape: of one input, without the batch dimension. Needed where a bound depends on the image size; the
-            model is then run once on zeros, which also shows that it accepts that shape.
+        input_shape: of one input, without the batch dimension. Needed where a bound depends on the image size, and
+            where a forward method has to be traced; the model is then run once on zeros, which also shows that it
+            accepts that shape, and a copy of it on random inputs where there is a trace to compare with.
 
-    The bound is for the mode, training or evaluation, that the model is in.
+    The bound is for the mode, training or evaluation, that the model is in, and for the weights as they run: inside
+    autocast, rounded to its dtype.
 
     Raises:
-        UnknownBoundError: a part without a known bound, or changed by a hook; named by its path and type.
+        UnknownBoundError: parts without a known bound, or changed by a hook, or whose trace is not what they compute;
+            all of them, by path and type, also as `error.obstacles`. No norm has been computed by then.
         ShapeError: the model does not accept inputs of that shape.
         NonFiniteError: the parameters contain NaN or infinity.
 
@@ -44,7 +53,8 @@ def lipschitz_bound(model: nn.Module, input_shape: Shape | None = None) -> float
     >>> lipschitz_bound(nn.Sequential(AOLLinear(4, 4), MaxMin(), Scale(3.0)), (4,))
     3.0
     """
-    return _Walk(model, input_shape).bound(model, "")
+    walk = _Walk(model, input_shape)
+    return walk.bound(walk.root)
 
 
 def layer_bounds(model: nn.Module, input_shape: Shape | None = None) -> dict[str, float]:
@@ -55,7 +65,7 @@ def layer_bounds(model: nn.Module, input_shape: Shape | None = None) -> dict[str
     {'0': 1.0, '1': 3.0, '': 3.0}
     """
     walk = _Walk(model, input_shape)
-    walk.bound(model, "")
+    walk.bound(walk.root)
     return walk.found
 
 
@@ -64,7 +74,7 @@ def register_bound(module_type: type[nn.Module], rule: Callable[[nn.Module, Shap
 
     The rule is trusted; it holds for that exact type, not for subclasses.
     """
-    RULES[module_type] = rule
+    RULES[module_type] = lambda module, shape: partial(rule, module, shape)
 
 
 @dataclass(frozen=True)
@@ -91,9 +101,7 @@ class HeadSplit:
         weight: Tensor = self.head.weight  # type: ignore[assignment]
         if weight.shape[0] != num_classes:
             raise ShapeError(f"the head has {weight.shape[0]} rows, num_classes is {num_classes}")
-        if torch.is_autocast_enabled(weight.device.type):
-            weight = weight.to(torch.get_autocast_dtype(weight.device.type))  # as it runs
-        return rounded_up(self.body_bound * row_distances(weight.double()))
+        return rounded_up(self.body_bound * row_distances(weight.to(executed_dtype(weight)).double()))
 
 
 def split_head(model: nn.Module, input_shape: Shape | None = None) -> HeadSplit:
@@ -103,7 +111,8 @@ def split_head(model: nn.Module, input_shape: Shape | None = None) -> HeadSplit:
     >>> split_head(nn.Sequential(AOLLinear(4, 4), NormalizedLinear(4, 3)), (4,)).body_bound
     1.0
     """
-    return _Walk(model, input_shape).split(model, "")
+    walk = _Walk(model, input_shape)
+    return walk.split(walk.root)
 
 
 @dataclass(frozen=True)
@@ -130,27 +139,171 @@ def classifier_bounds(model: nn.Module, input_shape: Shape | None = None) -> Cla
     (1.0, True)
     """
     walk = _Walk(model, input_shape)
-    walk.bound(model, "")
-    return ClassifierBounds(walk.split(model, ""), walk.found, walk.lower)
+    walk.bound(walk.root)
+    return ClassifierBounds(walk.split(walk.root), walk.found, walk.lower)
+
+
+@dataclass
+class _Part:
+    """What is understood of one module on the walk, and how its bound is computed from that."""
+
+    path: str
+    module: nn.Module
+    compute: Callable[[], float] = lambda: math.inf
+    children: list[_Part] = field(default_factory=list)  # of a sequence or container
+    program: Program | None = None
+    shapes: list[Shapes | None] = field(default_factory=list)  # of the program's values, for each shape of its input
+
+    @property
+    def is_sequence(self) -> bool:
+        return _is_sequential(self.module)
 
 
 class _Walk:
-    """One walk over a model: where each bound comes from, and which input shapes each module saw."""
+    """One walk over a model: where each bound comes from, and which input shapes each module saw.
+
+    Raises:
+        UnknownBoundError: of all obstacles.
+        ShapeError: the model does not accept inputs of that shape, and nothing unknown is in the way.
+    """
 
     def __init__(self, model: nn.Module, input_shape: Shape | None) -> None:
         self.found: dict[str, float] = {}
         self.lower: dict[str, float] = {}
-        self.shapes = {} if input_shape is None else _record_shapes(model, tuple(input_shape))
+        self.parts: dict[str, _Part] = {}
+        self.refused: dict[str, list[LipschitzError]] = {}
+        self.programs: dict[nn.Module, Program] = {}
+        failure: LipschitzError | None = None
+        self.blind = input_shape is None  # whether the shapes within the model are not known
+        self.shapes: dict[nn.Module, set] = {}
+        try:
+            if input_shape is not None:
+                self.shapes = _record_shapes(model, tuple(input_shape))
+        except (ShapeError, UnknownBoundError) as error:  # what is unknown in it may be why
+            failure, self.blind = error, True
+        _check_finite(model, "")
+        self.root = self._understand(model, "")
+        if self.programs and not self.blind:
+            self._try(model, tuple(input_shape or ()))
+        self._check_programs()
+        self._raise_obstacles(shape_given=input_shape is not None)
+        if failure is not None:
+            raise failure
 
-    def bound(self, module: nn.Module, path: str) -> float:
+    # what is unknown
+
+    def _understand(self, module: nn.Module, path: str) -> _Part:
+        if path in self.parts:
+            return self.parts[path]
+        part = self.parts[path] = _Part(path, module)
+        try:
+            _check_dimension(module, self.shapes.get(module, {None}))
+            self._fill(part)
+        except (UnknownBoundError, ArgumentError) as error:
+            self._refuse(path, error)
+        return part
+
+    def _fill(self, part: _Part) -> None:
+        module: Any = part.module
+        if _is_ours(module):
+            require_intact(module)
+            module.check_parts()
+            part.compute = module.lipschitz_bound
+        elif _is_container(module):
+            require_intact(module, parts=False)
+            names = {child: name for name, child in module.named_modules()}
+            for branch in module.branches():
+                if branch not in names:
+                    raise UnknownBoundError(
+                        f"its branch {type(branch).__name__} is not among its modules: make it an attribute"
+                    )
+                part.children.append(self._child(part, names[branch], branch))
+            part.compute = lambda: module.compose_bounds([self.bound(child) for child in part.children])
+        elif _is_sequential(module):
+            require_intact(module, parts=False)
+            part.children = [self._child(part, name, child) for name, child in _children(module)]
+            part.compute = lambda: self._product(part.children)
+        else:
+            require_intact(module, parts=type(module) in RULES)
+            rules = [torch_bound(module, shape) for shape in self.shapes.get(module, {None})]
+            if None in rules:
+                self._fill_program(part)
+            else:
+                part.compute = lambda: max(self._one_bound(part.path, rule) for rule in rules if rule is not None)
+
+    def _fill_program(self, part: _Part) -> None:
+        module = part.module
+        if type(module).__module__.startswith("torch.nn."):
+            raise UnknownBoundError("no bound is known for this type")
+        if module not in self.programs:
+            self.programs[module] = trace(module, _is_leaf)
+        part.program = program = self.programs[module]
+        for name in program.calls():
+            self._child(part, name, module.get_submodule(name))
+        part.compute = lambda: max(bounds[program.output] for bounds in self._program_bounds(part))
+
+    def _child(self, part: _Part, name: str, module: nn.Module) -> _Part:
+        return self._understand(module, _join(part.path, name))
+
+    def _try(self, model: nn.Module, input_shape: Shape) -> None:
+        """Compare the programs with the model."""
+        sequences = {path: [c.path for c in part.children] for path, part in self.parts.items() if part.is_sequence}
+        programs = {path: part.program for path, part in self.parts.items() if part.program is not None}
+        try:
+            compared = Trial(model, input_shape, _like(model), sequences, programs)
+        except UnknownBoundError as error:
+            self.blind = True
+            return self._refuse("", error)
+        for path, reason in compared.refused.items():
+            self._refuse(path, UnknownBoundError(reason))
+        for path, program in programs.items():
+            self.parts[path].shapes = list(compared.shapes.get(program, {}).values())
+            if program not in compared.shapes and path not in compared.refused:
+                self._refuse(
+                    path, UnknownBoundError("the model does not call it, so that its trace cannot be compared")
+                )
+
+    def _check_programs(self) -> None:
+        """Look for operations that are not known, with a bound of 1 for each leaf."""
+        for part in list(self.parts.values()):
+            if part.program is None:
+                continue
+            errors: list[UnknownBoundError] = []
+            for shapes in part.shapes or [None]:
+                graph_bounds(part.program.graph, lambda name: 1.0, shapes, errors)
+            if self.blind and not errors:
+                errors.append(UnknownBoundError("a traced forward is compared with what it computes: pass input_shape"))
+            for error in errors:
+                if part.shapes or self.blind or "pass input_shape" not in str(error):  # without shapes it is refused
+                    self._refuse(part.path, error)
+
+    def _refuse(self, path: str, error: LipschitzError) -> None:
+        errors = self.refused.setdefault(path, [])
+        if str(error) not in map(str, errors):
+            errors.append(error)
+
+    def _raise_obstacles(self, shape_given: bool) -> None:
+        found = [(path, error) for path in self.parts for error in self.refused.get(path, ())]
+        if self.blind and shape_given:  # what depends on the shape is no obstacle; that it does not run is one
+            found = [(path, error) for path, error in found if "pass input_shape" not in str(error)]
+        obstacles = [Obstacle(path, type(self.parts[path].module).__name__, str(error)) for path, error in found]
+        if len(found) == 1 and isinstance(found[0][1], ArgumentError):
+            raise ArgumentError(str(obstacles[0]))
+        if obstacles:
+            raise UnknownBoundError.of(obstacles)
+
+    # bounds
+
+    def bound(self, part: _Part) -> float:
+        path, module = part.path, part.module
         if path in self.found:
             return self.found[path]
         try:
-            _check_unchanged(module)
-            _check_finite(module, path)
-            value = self._bound(module, path)
+            value = part.compute()
         except UnknownBoundError as error:
-            raise _located(error, module, path) from None
+            if error.obstacles:
+                raise
+            raise UnknownBoundError.of([Obstacle(path, type(module).__name__, str(error))]) from None
         if not (math.isfinite(value) and value >= 0):
             raise NonFiniteError(
                 f"{path or 'the model'} ({type(module).__name__}): its bound is {value}; "
@@ -159,112 +312,71 @@ class _Walk:
         self.found[path] = value
         return value
 
-    def _bound(self, module: nn.Module, path: str) -> float:
-        self._check_dimension(module)
-        if isinstance(module, LipschitzModule) and _covers_forward(module, "lipschitz_bound"):
-            return module.lipschitz_bound()
-        if isinstance(module, Container) and _covers_forward(module, "compose_bounds"):
-            names = {child: name for name, child in module.named_modules()}
-            branches = module.branches()
-            return module.compose_bounds([self.bound(b, _join(path, names.get(b, type(b).__name__))) for b in branches])
-        if _is_sequential(module):
-            return self._product(_children(module), path)
-        known = self._torch_bound(module, path)
-        if known is not None:
-            return known
-        return max(bounds[_output(graph)] for graph, bounds in self._traced(module, path))
+    def _product(self, parts: list[_Part]) -> float:
+        return upward.product(*map(self.bound, parts))
 
-    def _check_dimension(self, module: nn.Module) -> None:
-        """What acts along dimension 0 treats the samples of a batch as one vector."""
-        dim = getattr(module, "dim", None)
-        if not isinstance(dim, int):
-            return
-        for shape in self.shapes.get(module, {None}):
-            if dim == 0 or (shape is not None and dim == -1 - len(shape)):
-                raise UnknownBoundError(f"dim={dim} is the batch, whose samples it mixes: choose another dimension")
+    def _one_bound(self, path: str, rule: Callable[[], float | Enclosure]) -> float:
+        value = rule()
+        if isinstance(value, Enclosure):
+            self.lower[path] = value.lower
+            return value.upper
+        return value
 
-    def _product(self, children: list[tuple[str, nn.Module]], path: str) -> float:
-        return upward.product(*(self.bound(child, _join(path, name)) for name, child in children))
+    def _program_bounds(self, part: _Part) -> list[dict[fx.Node, float]]:
+        """The bounds of its values, for each shape of input that it has seen."""
+        program = part.program
+        assert program is not None
 
-    def _torch_bound(self, module: nn.Module, path: str) -> float | None:
-        found = []
-        for shape in self.shapes.get(module, {None}):
-            value = torch_bound(module, shape)
-            if isinstance(value, Enclosure):
-                self.lower[path] = value.lower
-                value = value.upper
-            found.append(value)
-        return None if None in found else max(f for f in found if f is not None)
+        def leaf_bound(name: str) -> float:
+            return self.bound(self.parts[_join(part.path, name)])
 
-    def _traced(self, module: nn.Module, path: str) -> list[tuple[fx.Graph, dict[fx.Node, float]]]:
-        """Graph and bounds of a custom module, for each shape of input that it has seen."""
-        if type(module).__module__.startswith("torch.nn."):
-            raise UnknownBoundError("no bound is known for this type")
-        graph = trace(module, self._is_leaf)
-        like = _like(module)
-        found = []
-        for shape in self.shapes.get(module, {None}):
-            shapes = None if shape is None else value_shapes(module, graph, shape, like)
+        return [graph_bounds(program.graph, leaf_bound, shapes) for shapes in part.shapes]
 
-            def leaf_bound(name: str) -> float:
-                return self.bound(module.get_submodule(name), _join(path, name))
-
-            found.append((graph, graph_bounds(graph, leaf_bound, shapes)))
-        return found
-
-    def _is_leaf(self, module: nn.Module) -> bool:
-        ours = (isinstance(module, LipschitzModule) and _covers_forward(module, "lipschitz_bound")) or (
-            isinstance(module, Container) and _covers_forward(module, "compose_bounds")
-        )
-        known = ours or _is_sequential(module) or type(module) in RULES
-        return known or type(module).__module__.startswith("torch.nn.") or is_changed(module)
-
-    def split(self, module: nn.Module, path: str) -> HeadSplit:
-        try:
-            _check_unchanged(module)
-            inner = self._split(module, path)
-        except UnknownBoundError as error:
-            raise _located(error, module, path) from None
+    def split(self, part: _Part) -> HeadSplit:
+        inner = self._split(part)
         if not math.isfinite(inner.body_bound):
-            raise NonFiniteError(f"{path or 'the model'}: the bound below the head is {inner.body_bound}")
+            raise NonFiniteError(f"{part.path or 'the model'}: the bound below the head is {inner.body_bound}")
         return inner
 
-    def _split(self, module: nn.Module, path: str) -> HeadSplit:
+    def _split(self, part: _Part) -> HeadSplit:
+        module = part.module
         is_head = isinstance(module, LipschitzLinear) and type(module).forward is LipschitzLinear.forward
         if is_head or type(module) is nn.Linear:
-            _check_finite(module, path)
             return HeadSplit(1.0, module)
-        if _is_sequential(module) and len(module._modules):
-            *body, (last_name, last) = _children(module)
-            below = self._product(body, path)
-            inner = self.split(last, _join(path, last_name))
+        if part.is_sequence and part.children:
+            below = self._product(part.children[:-1])
+            inner = self.split(part.children[-1])
             return HeadSplit(upward.product(below, inner.body_bound), inner.head)
-        if self._is_leaf(module):
-            return HeadSplit(self.bound(module, path), None)
-        return self._split_traced(module, path)
-
-    def _split_traced(self, module: nn.Module, path: str) -> HeadSplit:
-        traced = self._traced(module, path)
-        last = _output(traced[0][0]).args[0]
+        last = part.program and part.program.output.args[0]
         if isinstance(last, fx.Node) and last.op == "call_module":
-            name = str(last.target)
-            below = max(bounds[last.all_input_nodes[0]] for _, bounds in traced)
-            inner = self.split(module.get_submodule(name), _join(path, name))
+            below = max(bounds[last.all_input_nodes[0]] for bounds in self._program_bounds(part))
+            inner = self.split(self.parts[_join(part.path, str(last.target))])
             return HeadSplit(upward.product(below, inner.body_bound), inner.head)
-        return HeadSplit(max(bounds[_output(graph)] for graph, bounds in traced), None)
+        return HeadSplit(self.bound(part), None)
 
 
-def is_changed(module: nn.Module) -> bool:
-    """Whether something beside its class's forward has a say in what it computes."""
-    everywhere = torch.nn.modules.module
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    hooked = hooked or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
-    return bool(hooked) or "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__
+def _is_ours(module: nn.Module) -> bool:
+    return isinstance(module, LipschitzModule) and _covers_forward(module, "lipschitz_bound")
 
 
-def _check_unchanged(module: nn.Module) -> None:
-    if is_changed(module):
-        raise UnknownBoundError("a forward hook, or a replaced forward or __call__, may change what it computes")
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, Container) and all(_covers_forward(module, r) for r in ("compose_bounds", "branches"))
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a trace takes a module as a single call."""
+    known = _is_ours(module) or _is_container(module) or _is_sequential(module) or type(module) in RULES
+    return known or type(module).__module__.startswith("torch.nn.") or is_changed(module)
+
+
+def _check_dimension(module: nn.Module, shapes: set) -> None:
+    """What acts along dimension 0 treats the samples of a batch as one vector."""
+    dim = getattr(module, "dim", None)
+    if not isinstance(dim, int):
+        return
+    for shape in shapes:
+        if dim == 0 or (shape is not None and dim == -1 - len(shape)):
+            raise UnknownBoundError(f"dim={dim} is the batch, whose samples it mixes: choose another dimension")
 
 
 def _covers_forward(module: nn.Module, rule: str) -> bool:
@@ -276,21 +388,6 @@ def _covers_forward(module: nn.Module, rule: str) -> bool:
     states = next(cls for cls in order if rule in vars(cls))
     computes = next(cls for cls in order if "forward" in vars(cls))
     return issubclass(states, computes)
-
-
-def _located(error: UnknownBoundError, module: nn.Module, path: str) -> UnknownBoundError:
-    """The error with path and type of the innermost module that it is about."""
-    if getattr(error, "located", False):
-        return error
-    reason = str(error)
-    if not any(mend in reason for mend in ("pass input_shape", "model.eval()", ": write x")):
-        reason += (
-            "; replace it, give it a lipschitz_bound() by deriving from LipschitzModule, "
-            "or state its bound with liplayers.register_bound"
-        )
-    located = UnknownBoundError(f"{path or 'the model'} ({type(module).__name__}): {reason}")
-    located.located = True  # type: ignore[attr-defined]
-    return located
 
 
 def _is_sequential(module: nn.Module) -> bool:
@@ -306,10 +403,6 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
 
-def _output(graph: fx.Graph) -> fx.Node:
-    return next(iter(reversed(graph.nodes)))
-
-
 def _check_finite(module: nn.Module, path: str) -> None:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -322,19 +415,26 @@ def _like(model: nn.Module) -> Tensor:
 
 
 def _record_shapes(model: nn.Module, input_shape: Shape) -> dict[nn.Module, set]:
-    """The input shapes, without the batch, that each module sees when the model runs on zeros."""
+    """The input shapes, without the batch, that each module sees when a copy of the model runs on zeros in eval mode.
+
+    Raises:
+        ShapeError: it does not run.
+        UnknownBoundError: it cannot be copied.
+    """
     shapes: dict[nn.Module, set] = {}
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def record(original: nn.Module, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         given = next(iter((*args, *kwargs.values())), None)
         if isinstance(given, Tensor):
-            shapes.setdefault(module, set()).add(tuple(given.shape[1:]))
+            shapes.setdefault(original, set()).add(tuple(given.shape[1:]))
 
-    handles = [m.register_forward_hook(hook, with_kwargs=True) for m in model.modules()]
     like = _like(model)
+    tried = private_copy(model).eval()
+    for original, module in zip(model.modules(), tried.modules(), strict=True):
+        module.register_forward_hook(partial(record, original), with_kwargs=True)
     try:
-        with evaluating(model):
-            model(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
+        with torch.no_grad(), random_numbers_kept():
+            tried(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
     except ShapeError:
         raise
     except Exception as error:  # the model's own code: anything may come out
@@ -342,7 +442,4 @@ def _record_shapes(model: nn.Module, input_shape: Shape) -> dict[nn.Module, set]
             f"the model does not accept inputs of shape {input_shape} ({' '.join(str(error).split())}); "
             f"pass the shape of one input without the batch dimension"
         ) from None
-    finally:
-        for handle in handles:
-            handle.remove()
     return shapes

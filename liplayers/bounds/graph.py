@@ -1,27 +1,29 @@
 """The operations of a traced forward method, and how each combines the bounds of its arguments.
 
-A value's bound is its Lipschitz constant with respect to the module's input; 0 for whatever does not depend on it
-(numbers, parameters, shapes). What is not listed raises.
+A value's bound is its Lipschitz constant with respect to the module's input. Constants, which are the same for every
+input of a shape (numbers, parameters, shapes, zeros of that shape), may enter any operation with each other; a value
+that merely has the bound 0 may not: x·0 carries the signs of x. What is not listed raises.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.node import Argument, map_arg
 
+from liplayers.bounds.twin import private_copy, random_numbers_kept
 from liplayers.errors import UnknownBoundError
 from liplayers.linalg import upward
 
 Shapes = dict[fx.Node, tuple[int, ...] | None]
-
-_BATCHES = (5, 7)  # of the trial runs that record shapes: what is no batch has the same size in both
 
 _UNCHANGED_FUNCTIONS = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze}
 _UNCHANGED_METHODS = {
@@ -34,8 +36,10 @@ _ADD = {operator.add, torch.add, operator.sub, torch.sub}
 _MULTIPLY = {operator.mul, torch.mul}
 _DIVIDE = {operator.truediv, torch.div}
 _CONCATENATE = {torch.cat, torch.concat}
-_SHAPE_METHODS = {"size", "dim"}
+_SHAPE_METHODS = {"size", "dim", "numel"}
 _SHAPE_ATTRIBUTES = {"shape", "ndim", "device", "dtype"}
+_FACTORY_FUNCTIONS = {torch.zeros_like, torch.ones_like, torch.full_like}
+_FACTORY_METHODS = {"new_zeros", "new_ones", "new_full"}
 # keyword arguments without an effect on the bound; `out`, `alpha`, `rounding_mode` and `dtype` have one
 _HARMLESS = {"dim", "axis", "start_dim", "end_dim", "dim0", "dim1", "dims", "shape", "source", "destination", "inplace"}
 
@@ -53,94 +57,149 @@ def _autocast() -> tuple[bool, ...]:
     return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
-def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.Graph:
-    """The graph of `module.forward`, with the modules for which `is_leaf` as single calls.
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What a forward method did while it was traced, and the tensors that it met on the way."""
+
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def output(self) -> fx.Node:
+        return next(iter(reversed(self.graph.nodes)))
+
+    def calls(self) -> list[str]:
+        """The paths of the modules that it calls, in order."""
+        return [str(node.target) for node in self.graph.nodes if node.op == "call_module"]
+
+    def run(self, x: Tensor, call: Callable[..., Any]) -> dict[fx.Node, Any]:
+        """The value of each node for the input x; call(path, *arguments) gives those of the modules."""
+        values: dict[fx.Node, Any] = {}
+        for node in self.graph.nodes:
+            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op == "placeholder":
+                values[node] = x
+            elif node.op == "get_attr":
+                values[node] = self.constants[node.target]
+            elif node.op == "call_function":
+                values[node] = node.target(*args, **kwargs)
+            elif node.op == "call_method":
+                values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+            elif node.op == "call_module":
+                values[node] = call(node.target, *args, **kwargs)
+            else:
+                values[node] = args[0]
+        return values
+
+
+class _Tracer(fx.proxy.GraphAppendingTracer):
+    """Unlike fx.Tracer it replaces no method of nn.Module meanwhile, which other threads would run into."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.graph)
+        self.constants = program.constants
+        self.autocast = _autocast()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        if _autocast() != self.autocast:
+            raise UnknownBoundError("its forward switches autocast, which a trace does not keep")
+        return _NoInPlace(node, self)
+
+    def create_arg(self, a: Any) -> Argument:
+        if not isinstance(a, Tensor):
+            return super().create_arg(a)
+        name = next((name for name, tensor in self.constants.items() if tensor is a), f"constant_{len(self.constants)}")
+        self.constants[name] = a
+        return self.create_node("get_attr", name, (), {})
+
+    def call(self, path: str, *args: Any, **kwargs: Any) -> fx.Proxy:
+        return self.create_proxy("call_module", path, args, kwargs)
+
+
+def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Program:
+    """The program of `module.forward` for one argument, with the modules for which `is_leaf` as single calls.
+
+    It is traced on a copy, since that runs the user's code, which may keep what it was given.
 
     Raises:
         UnknownBoundError: it cannot be traced.
     """
-    outside = _autocast()
-
-    class Tracer(fx.Tracer):
-        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-            return is_leaf(m)
-
-        def proxy(self, node: fx.Node) -> fx.Proxy:
-            if _autocast() != outside:
-                raise UnknownBoundError("its forward switches autocast, which a trace does not keep")
-            return _NoInPlace(node, self)
-
-    attributes = {m: dict(vars(m)) for m in module.modules()}
+    module, program = private_copy(module), Program()
+    tracer = _Tracer(program)
+    for path, part in module.named_modules():
+        if part is not module and is_leaf(part):
+            part._compiled_call_impl = partial(tracer.call, path)  # what nn.Module calls where there is one
     try:
-        return Tracer().trace(module)
+        with torch.no_grad(), random_numbers_kept():
+            result = module.forward(tracer.create_proxy("placeholder", "x", (), {}))
+            program.graph.output(tracer.create_arg(result))
     except UnknownBoundError:
         raise
-    except Exception as error:  # tracing runs the user's code: anything may come out
+    except Exception as error:  # anything may come out of the user's code
         raise UnknownBoundError(f"its forward cannot be traced ({' '.join(str(error).split())})") from None
-    finally:
-        for m, before in attributes.items():  # a forward may keep what it was given; that must not be a proxy
-            vars(m).clear()
-            vars(m).update(before)
+    return program
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for a trial run; puts each module's mode back."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training
-
-
-def value_shapes(module: nn.Module, graph: fx.Graph, input_shape: tuple[int, ...], like: Tensor) -> Shapes:
-    """The shape of each tensor in the graph for one sample, from runs on batches of zeros; None without a batch."""
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, Tensor):
-                shapes.setdefault(n, []).append(tuple(value.shape))
-            return value
-
-    shapes: dict[fx.Node, list[tuple[int, ...]]] = {}
-    with evaluating(module):
-        for batch in _BATCHES:
-            Recorder(module, graph=graph).run(torch.zeros(batch, *input_shape, dtype=like.dtype, device=like.device))
-    batched = {n: tuple(s[:1] for s in found) == tuple((b,) for b in _BATCHES) for n, found in shapes.items()}
-    return {n: found[0][1:] if batched[n] and found[0][1:] == found[1][1:] else None for n, found in shapes.items()}
-
-
-def graph_bounds(graph: fx.Graph, leaf_bound: Callable[[str], float], shapes: Shapes | None) -> dict[fx.Node, float]:
+def graph_bounds(
+    graph: fx.Graph,
+    leaf_bound: Callable[[str], float],
+    shapes: Shapes | None,
+    refused: list[UnknownBoundError] | None = None,
+) -> dict[fx.Node, float]:
     """The bound of each value of a graph.
 
     Args:
         leaf_bound: path of a leaf module → its bound.
         shapes: of the values, or None where the input's shape is not known; sums of tensors then raise.
+        refused: takes the errors, to find all of them; those values then count as 1.
 
     Raises:
         UnknownBoundError: an operation of unknown effect.
     """
     bounds: dict[fx.Node, float] = {}
+    constants: set[fx.Node] = set()
     for node in graph.nodes:
-        bounds[node] = _value(node, bounds, leaf_bound, shapes)
-        if shapes is not None and bounds[node] and shapes.get(node, ()) is None:
-            raise UnknownBoundError(f"its forward mixes the samples of a batch ({_name(node)})")
+        if _is_constant(node, constants):
+            constants.add(node)
+            bounds[node] = 0.0
+            continue
+        try:
+            bounds[node] = _value(node, bounds, constants, leaf_bound, shapes)
+            if shapes is not None and shapes.get(node, ()) is None:
+                raise UnknownBoundError(f"its forward mixes the samples of a batch ({_name(node)})")
+        except UnknownBoundError as error:
+            if refused is None:
+                raise
+            refused.append(error)
+            bounds[node] = 1.0
     return bounds
 
 
+def _is_constant(node: fx.Node, constants: set[fx.Node]) -> bool:
+    """Whether a value is the same for all inputs of a shape."""
+    if node.op in ("placeholder", "output"):
+        return False
+    others = [n for n in node.all_input_nodes if n not in constants]
+    if not others:
+        return True
+    method, first = node.op == "call_method", node.args[0] if node.args else None
+    if node.op == "call_module" or others != [first]:
+        return False
+    of_shape = node.target in (_SHAPE_METHODS if method else ())
+    attribute = node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES
+    factory = node.target in (_FACTORY_METHODS if method else _FACTORY_FUNCTIONS)
+    return of_shape or attribute or (factory and "out" not in node.kwargs)
+
+
 def _value(
-    node: fx.Node, bounds: dict[fx.Node, float], leaf_bound: Callable[[str], float], shapes: Shapes | None
+    node: fx.Node,
+    bounds: dict[fx.Node, float],
+    constants: set[fx.Node],
+    leaf_bound: Callable[[str], float],
+    shapes: Shapes | None,
 ) -> float:
     if node.op == "placeholder":
-        if bounds:
-            raise UnknownBoundError(f"its forward takes a second input {node.target!r}")
         return 1.0
-    if node.op == "get_attr":
-        return 0.0
     if node.op == "output":
         if not isinstance(node.args[0], fx.Node):
             raise UnknownBoundError("its forward returns something other than one tensor")
@@ -150,19 +209,15 @@ def _value(
         if len(arguments) != 1 or not isinstance(arguments[0], fx.Node):
             raise UnknownBoundError(f"it calls {node.target} with other arguments than one tensor")
         return upward.product(leaf_bound(str(node.target)), bounds[arguments[0]])
-    return _operation(node, bounds, shapes)
+    return _operation(node, bounds, constants, shapes)
 
 
-def _operation(node: fx.Node, bounds: dict[fx.Node, float], shapes: Shapes | None) -> float:
-    if not any(bounds[n] for n in node.all_input_nodes):
-        return 0.0  # computed from constants only
+def _operation(node: fx.Node, bounds: dict[fx.Node, float], constants: set[fx.Node], shapes: Shapes | None) -> float:
     target, method = node.target, node.op == "call_method"
     if set(node.kwargs) - _HARMLESS:
         raise UnknownBoundError(f"its forward calls {_name(node)} with {', '.join(node.kwargs)}")
-    if (method and target in _SHAPE_METHODS) or (target is getattr and node.args[1] in _SHAPE_ATTRIBUTES):
-        return 0.0
     first = node.args[0] if node.args else None
-    if isinstance(first, fx.Node) and not any(bounds[n] for n in node.all_input_nodes if n is not first):
+    if isinstance(first, fx.Node) and all(n is first or n in constants for n in node.all_input_nodes):
         unchanged = target in (_UNCHANGED_METHODS if method else _UNCHANGED_FUNCTIONS)
         entrywise = target in (_ENTRYWISE_METHODS if method else _ENTRYWISE_FUNCTIONS)
         reinterprets = any(isinstance(a, torch.dtype) for a in node.args)
@@ -170,7 +225,7 @@ def _operation(node: fx.Node, bounds: dict[fx.Node, float], shapes: Shapes | Non
         if entrywise or indexed or (unchanged and not reinterprets):
             return bounds[first]
     if not method and target in _ADD and len(node.args) == 2:
-        return _sum(node, bounds, shapes)
+        return _sum(node, bounds, constants, shapes)
     if not method and target in _MULTIPLY | _DIVIDE and len(node.args) == 2:
         return _scaled(node, bounds)
     if not method and target in _CONCATENATE and isinstance(first, (list, tuple)):
@@ -182,15 +237,15 @@ def _name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def _sum(node: fx.Node, bounds: dict[fx.Node, float], shapes: Shapes | None) -> float:
+def _sum(node: fx.Node, bounds: dict[fx.Node, float], constants: set[fx.Node], shapes: Shapes | None) -> float:
     """Σ bounds, each times √(times that broadcasting repeats its entries)."""
     operands = [a for a in node.args if isinstance(a, fx.Node)]
     if all(isinstance(a, (int, float)) or (isinstance(a, fx.Node) and a is operands[0]) for a in node.args):
         return upward.product(len(operands), bounds[operands[0]])
     if shapes is None:
         raise UnknownBoundError("its forward adds tensors, which may broadcast: pass input_shape")
-    whole = shapes[node]
-    parts = [(a, shapes[a]) for a in operands if bounds[a]]
+    whole = shapes.get(node)
+    parts = [(a, shapes.get(a)) for a in operands if a not in constants]
     if whole is None or any(part is None or len(part) != len(whole) for _, part in parts):
         raise UnknownBoundError("its forward adds tensors of different dimensions, which mixes the samples of a batch")
     repeats = ((a, math.prod(whole) // max(1, math.prod(part or ()))) for a, part in parts)

@@ -32,19 +32,18 @@ from torch import Tensor, nn
 
 from liplayers.bounds.composition import (
     _check_finite,
-    _check_unchanged,
     _children,
     _is_sequential,
     _join,
-    _located,
     _record_shapes,
 )
-from liplayers.bounds.torch_modules import Shape
-from liplayers.errors import ArgumentError, MissingPackageError, ShapeError, UnknownBoundError
+from liplayers.bounds.torch_modules import Shape, torch_bound
+from liplayers.errors import ArgumentError, MissingPackageError, Obstacle, ShapeError, UnknownBoundError
 from liplayers.layers.activations import TIED, Householder, slope_range, tied_channels
-from liplayers.layers.base import LipschitzLinear
+from liplayers.layers.base import LipschitzLinear, executed
 from liplayers.layers.containers import Normalize, Scale
-from liplayers.layers.frozen import FrozenHouseholder, _executed
+from liplayers.layers.frozen import FrozenHouseholder
+from liplayers.layers.intact import require_intact
 from liplayers.linalg.norms import frobenius_norm
 from liplayers.linalg.verified import (
     _U,
@@ -172,6 +171,7 @@ def _read(model: nn.Module, input_shape: Shape) -> tuple[float, list[_Step]]:
     steps: list[_Step] = []
     for path, module in leaves:
         if type(module) in (nn.Flatten, nn.Identity):
+            _check_rows(module, path, shapes)
             continue
         if type(module) is Scale or (type(module) is Normalize and not steps):
             factor = _above(factor * module.lipschitz_bound(), 2)
@@ -192,15 +192,23 @@ def _read(model: nn.Module, input_shape: Shape) -> tuple[float, list[_Step]]:
 def _leaves(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules in nested nn.Sequential, in the order in which they run, with their paths."""
     try:
-        _check_unchanged(module)
+        require_intact(module, parts=not _is_sequential(module))
         _check_finite(module, path)
     except UnknownBoundError as error:
-        raise _located(error, module, path) from None
+        raise UnknownBoundError.of([Obstacle(path, type(module).__name__, str(error))]) from None
     if _is_sequential(module):
         for name, child in _children(module):
             yield from _leaves(child, _join(path, name))
     else:
         yield path, module
+
+
+def _check_rows(module: nn.Module, path: str, shapes: dict[nn.Module, set]) -> None:
+    try:
+        for shape in shapes.get(module, ()):
+            torch_bound(module, shape)
+    except UnknownBoundError as error:
+        raise UnknownBoundError.of([Obstacle(path, type(module).__name__, str(error))]) from None
 
 
 def _is_dense(module: nn.Module) -> bool:
@@ -215,7 +223,7 @@ def _is_known(module: nn.Module) -> bool:
 def _steps(module: nn.Module, path: str, width: int) -> list[_Step]:
     """A dense layer or an activation of `width` channels as steps."""
     if _is_dense(module):
-        W = _executed(module.weight).cpu()  # type: ignore[arg-type]
+        W = executed(module.weight).cpu()  # type: ignore[arg-type]
         return [_Linear(W, norm_enclosure(W).upper)]
     reason = "LipSDP knows dense layers, MaxMin, GroupSort(2), Householder, slope ranges, and Normalize in front"
     if type(module) in TIED:
@@ -251,7 +259,7 @@ def _pairs(activation: nn.Module, width: int) -> list[_Step] | None:
 
 def _mirror_folds(activation: Householder | FrozenHouseholder, width: int) -> list[_Step]:
     mirrors = activation.effective() if isinstance(activation, Householder) else activation.mirrors
-    half = width // 2
+    half = mirrors.shape[-1]
     eye = torch.eye(width, dtype=torch.float64)
     a, b = mirrors.detach().cpu().double()[..., None].unbind(1)  # (order, half, 1) each
     return [_fold(rows, 1.0, 1.0) for rows in a * eye[:half] + b * eye[half : 2 * half]] if half else []

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from liplayers.bounds.composition import layer_bounds
 from liplayers.bounds.torch_modules import Shape
+from liplayers.bounds.twin import twin
 from liplayers.errors import ArgumentError, UnknownBoundError
 from liplayers.layers.base import LipschitzModule
 from liplayers.linalg.convolution import overlap
@@ -151,12 +152,13 @@ class RoundingAnalysis:
     @torch.inference_mode(False)
     def at(self, input_norm: float) -> Rounding:
         """The error for all inputs of norm up to `input_norm`."""
-        run = _Run(self.dtype, self._leaves(), _constant_errors(self.network))
+        network = twin(self.network)  # for the hooks: the network may run elsewhere
+        run = _Run(self.dtype, self._leaves(network), _constant_errors(network))
         x = torch.zeros(1, *self.input_shape, dtype=self.dtype)
         run.set(x, Value(input_norm))
         try:
             with torch.no_grad(), run.hooks(), run:
-                y = self.network(x)
+                y = network(x)
         except Exception:  # of operators, Python turns our TypeError into one of its own
             if run.refusal is None:
                 raise
@@ -168,12 +170,12 @@ class RoundingAnalysis:
         error = found.error if math.isfinite(found.error) else math.inf
         return Rounding(input_norm, found.magnitude, error, tuple(run.rows.values()))
 
-    def _leaves(self) -> dict[nn.Module, tuple[str, float]]:
+    def _leaves(self, network: nn.Module) -> dict[nn.Module, tuple[str, float]]:
         """The modules whose bound was not composed from those of their parts."""
         parts = [path.split(".") for path in self.bounds if path]
         composed = {".".join(names[:i]) for names in parts for i in range(len(names))}
         paths = self.bounds.keys() - composed
-        return {self.network.get_submodule(path): (path, self.bounds[path]) for path in paths}
+        return {network.get_submodule(path): (path, self.bounds[path]) for path in paths}
 
 
 def _check_network(network: nn.Module, dtype: torch.dtype) -> None:
@@ -262,7 +264,7 @@ class _Run(TorchDispatchMode):
             return abs(factor)
         if _storage(factor) in self.constant_errors:
             raise self.unknown("it multiplies entry by entry with an approximate constant")
-        return factor.abs().amax().item()
+        return factor.abs().amax().item() if factor.numel() else 0.0
 
     def weight_norms(
         self, weight: Tensor, kind: str, compute: Callable[[], tuple[float, float]]
@@ -473,7 +475,7 @@ def _multiply(run: _Run, out: Tensor, a: Any, b: Any) -> Value:
 def _divide(run: _Run, out: Tensor, a: Any, b: Any) -> Value:
     if run.depends(b):
         raise run.unknown("it divides by values that depend on the input")
-    smallest = b.detach().abs().amin().item() if isinstance(b, Tensor) else abs(b)
+    smallest = abs(b) if not isinstance(b, Tensor) else b.detach().abs().amin().item() if b.numel() else math.inf
     if not smallest:
         raise run.unknown("it divides by zero")
     # by a scalar it may be a product with the reciprocal

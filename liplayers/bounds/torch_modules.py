@@ -13,38 +13,49 @@ from torch import nn
 
 from liplayers.errors import UnknownBoundError
 from liplayers.layers.activations import slope_range
+from liplayers.layers.base import executed
 from liplayers.linalg import upward
 from liplayers.linalg.convolution import overlap
 from liplayers.linalg.verified import Enclosure, conv_norm_enclosure, norm_enclosure
 
 Shape = tuple[int, ...]
-Rule = Callable[[Any, "Shape | None"], float | Enclosure]
+Bound = float | Enclosure
+Rule = Callable[[Any, "Shape | None"], "Bound | Callable[[], Bound]"]  # what takes long is returned to be called later
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 def _isometry(module: nn.Module, shape: Shape | None) -> float:
     return 1.0
 
 
-def _linear(module: nn.Linear, shape: Shape | None) -> Enclosure:
-    return norm_enclosure(module.weight)
+def _linear(module: nn.Linear, shape: Shape | None) -> Callable[[], Enclosure]:
+    return lambda: norm_enclosure(executed(module.weight))
 
 
-def _conv(module: nn.Conv1d | nn.Conv2d, shape: Shape | None) -> float | Enclosure:
+def _conv(module: nn.Conv1d | nn.Conv2d, shape: Shape | None) -> Callable[[], Bound]:
     """The norm on the infinite grid times that of the padding, which zeros and a mere wrap-around leave at 1."""
-    line = len(module.kernel_size) == 1  # an image of height 1
-    weight = module.weight.unsqueeze(2) if line else module.weight
-    stride, dilation = ((1, *size) if line else size for size in (module.stride, module.dilation))
-    norm = conv_norm_enclosure(weight, _pair(stride), _pair(dilation), module.groups)
+    line = module.weight.dim() == 3  # an image of height 1
+    stride, dilation = _sizes(module.stride, line), _sizes(module.dilation, line)
+    groups = module.groups
+
+    def norm() -> Enclosure:
+        weight = executed(module.weight)
+        return conv_norm_enclosure(weight.unsqueeze(2) if line else weight, stride, dilation, groups)
+
     pads = _per_axis(module._reversed_padding_repeated_twice)
     if module.padding_mode == "zeros" or not any(map(any, pads)):
         return norm
     if module.padding_mode == "circular" and _wraps_around(module, pads, shape):
         return norm
-    return upward.product(norm.upper, _padding_norm(module.padding_mode, pads, shape))
+    padding = _padding_norm(module.padding_mode, pads, shape)
+    return lambda: upward.product(norm().upper, padding)
+
+
+def _sizes(value: int | tuple[int, ...], line: bool) -> tuple[int, int]:
+    return (1, _pair(value)[0]) if line else _pair(value)
 
 
 def _per_axis(pads: Sequence[int]) -> list[tuple[int, int]]:
@@ -54,11 +65,13 @@ def _per_axis(pads: Sequence[int]) -> list[tuple[int, int]]:
 
 def _wraps_around(module: nn.Conv1d | nn.Conv2d, pads: list[tuple[int, int]], shape: Shape | None) -> bool:
     """Whether circular padding makes of each axis a torus, or less, on which the convolution acts."""
-    spans = (d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True))
+    axes = len(pads)
+    spans = (d * (k - 1) for k, d in zip(module.weight.shape[2:], _pair(module.dilation)[:axes], strict=True))
     if any(sum(pad) > span for pad, span in zip(pads, spans, strict=True)):
         return False
-    sizes = (None,) * len(pads) if shape is None else shape[-len(pads) :]
-    return all(s == 1 or (n is not None and n % s == 0) for n, s in zip(sizes, module.stride, strict=True))
+    sizes = (None,) * axes if shape is None else shape[-axes:]
+    strides = _pair(module.stride)[:axes]
+    return all(s == 1 or (n is not None and n % s == 0) for n, s in zip(sizes, strides, strict=True))
 
 
 def _padding_norm(mode: str, pads: list[tuple[int, int]], shape: Shape | None) -> float:
@@ -91,15 +104,17 @@ _PAD_MODES: dict[type[nn.Module], str] = {
 }
 
 
-def _conv_transpose2d(module: nn.ConvTranspose2d, shape: Shape | None) -> Enclosure:
+def _conv_transpose2d(module: nn.ConvTranspose2d, shape: Shape | None) -> Callable[[], Enclosure]:
     """The norm of its adjoint, a convolution with the same kernel."""
-    return conv_norm_enclosure(module.weight, _pair(module.stride), _pair(module.dilation), module.groups)
+    stride, dilation, groups = _pair(module.stride), _pair(module.dilation), module.groups
+    return lambda: conv_norm_enclosure(executed(module.weight), stride, dilation, groups)
 
 
 def _overlaps(module: nn.MaxPool2d | nn.AvgPool2d) -> int:
     """How many windows meet in a pixel; a pooling of norm 1 in each has the root as its norm."""
     dilation = _pair(getattr(module, "dilation", 1))
-    sizes = zip(_pair(module.kernel_size), _pair(module.stride), dilation, strict=True)
+    stride = module.kernel_size if module.stride is None else module.stride
+    sizes = zip(_pair(module.kernel_size), _pair(stride), dilation, strict=True)
     return math.prod(overlap(*size) for size in sizes)
 
 
@@ -196,9 +211,17 @@ def _entrywise(module: nn.Module) -> float | None:
     return bound
 
 
+def _flatten(module: nn.Flatten, shape: Shape | None) -> float:
+    if module.start_dim < 0 and shape is None:
+        raise UnknownBoundError("its start_dim may be the batch: pass input_shape")
+    if module.start_dim == 0 or (shape is not None and module.start_dim <= -1 - len(shape)):
+        raise UnknownBoundError(f"start_dim={module.start_dim} is the batch, whose samples it joins: use nn.Flatten(1)")
+    return 1.0
+
+
 RULES: dict[type[nn.Module], Rule] = {
     nn.Identity: _isometry,
-    nn.Flatten: _isometry,
+    nn.Flatten: _flatten,
     nn.Unflatten: _isometry,
     nn.PixelShuffle: _isometry,
     nn.PixelUnshuffle: _isometry,
@@ -223,13 +246,17 @@ RULES: dict[type[nn.Module], Rule] = {
 }
 
 
-def torch_bound(module: nn.Module, shape: Shape | None) -> float | Enclosure | None:
-    """The bound of one of torch's modules on inputs of `shape`, of a weight from both sides; None if it is not known.
+def torch_bound(module: nn.Module, shape: Shape | None) -> Callable[[], Bound] | None:
+    """What computes the bound of one of torch's modules on inputs of `shape`, of a weight from both sides.
 
-    The exact type counts: a subclass may compute something else.
+    None if it is not known. The exact type counts: a subclass may compute something else.
+
+    Raises:
+        UnknownBoundError: there is none for this shape or these arguments.
     """
     rule = RULES.get(type(module))
-    if rule is not None:
-        with torch.no_grad():
-            return rule(module, shape)
-    return _entrywise(module)
+    with torch.no_grad():
+        bound = _entrywise(module) if rule is None else rule(module, shape)
+    if bound is None:
+        return None
+    return torch.no_grad()(bound) if callable(bound) else lambda: bound

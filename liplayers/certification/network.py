@@ -16,7 +16,7 @@ from liplayers.bounds import classifier_bounds
 from liplayers.bounds.rounding import Rounding, RoundingAnalysis
 from liplayers.certification.radius import certified_radius
 from liplayers.errors import ArgumentError, CheckpointError, ShapeError, UnknownBoundError, UnknownNameError
-from liplayers.export import freeze
+from liplayers.export import check_plain, freeze
 from liplayers.layers.base import exact_precision
 
 MODES = ("proof", "fast")
@@ -79,6 +79,7 @@ class CertifiedNetwork(nn.Module):
         self.weights_distance = 0.0
         with torch.inference_mode(False), torch.no_grad(), exact_precision(torch.device("cpu")):
             if mode == "proof":
+                check_plain(model)
                 model = freeze(copy.deepcopy(model).cpu().eval(), input_shape)
                 if weights is not None:
                     self.weights_distance = _load(model, weights)

@@ -17,7 +17,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError, ShapeError, UnknownNameError
-from liplayers.layers.base import LipschitzModule, ParametrizedModule, check_positive
+from liplayers.layers.base import LipschitzModule, ParametrizedModule, check_positive, executed
+from liplayers.layers.intact import is_changed
 from liplayers.linalg import upward
 
 __all__ = [
@@ -314,10 +315,7 @@ def _hull(*slopes: float) -> Slopes | None:
 
 def _prelu(module: nn.PReLU) -> Slopes | None:
     """Of all channels, for the weight as it is now: a block that needs the range asks again for each bound."""
-    weights = [module.weight.detach()]
-    device = weights[0].device.type
-    if torch.is_autocast_enabled(device):
-        weights.append(weights[0].to(torch.get_autocast_dtype(device)))  # as it runs
+    weights = (module.weight.detach(), executed(module.weight))
     return _hull(1.0, *(slope for w in weights for slope in w.flatten().tolist()))
 
 
@@ -364,7 +362,7 @@ SLOPE_RANGES: dict[type[nn.Module], Callable[..., Slopes | None]] = {
 
 
 def slope_range(activation: nn.Module) -> Slopes | None:
-    """The slope range (m, β) of an entrywise activation; None if it has none or none is known.
+    """The slope range (m, β) of an entrywise activation; None if it has none, none is known, or a hook may change it.
 
     It holds for the parameters, the mode and the autocast context that the activation is in.
 
@@ -372,28 +370,31 @@ def slope_range(activation: nn.Module) -> Slopes | None:
     ((0.1, 1.0), None)
     """
     rule = SLOPE_RANGES.get(type(activation))  # exact type: a subclass may compute something else
-    return rule(activation) if rule else None
+    return rule(activation) if rule and not is_changed(activation) else None
 
 
 def sector(owner: object, activation: nn.Module) -> Slopes:
     """The range [m, β], widened to hold 0, with (w − mv)ᵀΛ(βv − w) ≥ 0 for differences v of the input, w of the output.
 
     For entrywise activations that is their slope range, with any diagonal Λ > 0; for MaxMin, GroupSort and Householder
-    [−1, 1], with Λ equal within each group (`tied_channels`): there the form is |Λ^½v|² − |Λ^½w|².
+    [−L, L], L their bound as they are, with Λ equal within each group (`tied_channels`): there the form is
+    L²|Λ^½v|² − |Λ^½w|².
 
     Raises:
-        ArgumentError: neither is known, the channels are not dimension 1, or no slope is positive.
+        ArgumentError: neither is known, the channels are not dimension 1, no slope is positive, or a hook may change
+            what the activation computes.
 
     >>> sector(None, nn.LeakyReLU(-0.1)), sector(None, MaxMin())
     ((-0.1, 1.0), (-1.0, 1.0))
     """
     if type(activation) in (*TIED, BetaAbs) and activation.dim != 1:
         raise ArgumentError(f"{type(owner).__name__}: activation={activation}; expected its channels in dim=1")
-    if type(activation) in TIED:
-        return -1.0, 1.0
+    if isinstance(activation, LipschitzModule) and type(activation) in TIED and not is_changed(activation):
+        bound = activation.lipschitz_bound()
+        return -bound, bound
     slopes = slope_range(activation)
     if slopes is None or slopes[1] <= 0:
-        mode = "in training mode " if activation.training and isinstance(activation, nn.RReLU) else ""
+        mode = "in training mode " if isinstance(activation, nn.RReLU) and activation.training else ""
         raise ArgumentError(
             f"{type(owner).__name__}: activation={activation} has {mode}no known range of slopes with a positive end; "
             f"use nn.ReLU(), nn.Tanh(), nn.GELU(), Abs() or MaxMin()"
@@ -401,8 +402,9 @@ def sector(owner: object, activation: nn.Module) -> Slopes:
     return min(slopes[0], 0.0), slopes[1]
 
 
-def _halves(activation: nn.Module, channels: int) -> list[int]:
-    return [i % (channels // 2) for i in range(channels // 2 * 2)] + [channels // 2] * (channels % 2)
+def halves(channels: int, half: int) -> list[int]:
+    """Channel i with channel i + half for i < half; each of the others is alone."""
+    return [i % half for i in range(2 * half)] + list(range(half, channels - half))
 
 
 def _neighbours(activation: GroupSort, channels: int) -> list[int]:
@@ -410,9 +412,9 @@ def _neighbours(activation: GroupSort, channels: int) -> list[int]:
 
 
 TIED: dict[type[nn.Module], Callable[[Any, int], list[int]]] = {
-    MaxMin: _halves,
+    MaxMin: lambda activation, channels: halves(channels, channels // 2),
     GroupSort: _neighbours,
-    Householder: _halves,
+    Householder: lambda activation, channels: halves(channels, activation.theta.shape[-1]),
 }
 
 

@@ -8,11 +8,13 @@ averaged weights use, does not advance it.
 
 from __future__ import annotations
 
+import copy
 import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +50,7 @@ def cached() -> Iterator[None]:
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _TORCHS = frozenset(vars(nn.Module()))  # what torch itself changes in a module
-_CHANGING = frozenset({"_cache", "_raw_seen"})
+_CHANGING = frozenset({"_kept"})
 
 
 def check_dtype(owner: object, dtype: torch.dtype | None) -> None:
@@ -70,8 +72,8 @@ def check_shape(owner: object, name: str, value: Tensor, expected: Sequence[int]
 class SettledModule(nn.Module):
     """A module whose settings stay what the constructor made of them; its parameters and modules may change.
 
-    Weights, their caches, checks and bounds all depend on settings, of which a sum of them could not be kept track.
-    What is set a second time is refused, so constructors set each once; copies and pickles do not pass through here.
+    Weights, those kept, checks and bounds depend on settings in more ways than could be asked again at each use. What
+    is set a second time is refused, so constructors set each once; copies and pickles do not pass through here.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -117,6 +119,21 @@ class SettledModule(nn.Module):
         return super()._apply(checked, recurse)
 
 
+class _Kept:
+    """Effective weights by key, and copies of the raw parameters that they were computed from.
+
+    Whoever runs a layer, in whatever thread, finds both or neither here. A copy or a pickle begins without any.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.raw: list[Tensor] = []
+        self.weights: dict[tuple, tuple[tuple[int, ...], Any]] = {}  # key → (versions of the weight's tensors, weight)
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
+
+
 class LipschitzModule(SettledModule):
     """A module that states a proven bound on its own ℓ2 Lipschitz constant."""
 
@@ -129,6 +146,9 @@ class LipschitzModule(SettledModule):
         is proven for the numbers that run.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement lipschitz_bound()")
+
+    def check_parts(self) -> None:
+        """Raise ArgumentError or UnknownBoundError where its parts, as they are now, allow no bound; without norms."""
 
     def constant_errors(self) -> dict[str, float]:
         """How far buffers that stand for constants are from them, by the buffer's name; none unless a layer says so.
@@ -158,12 +178,10 @@ class ParametrizedModule(LipschitzModule):
     raw_names: tuple[str, ...] = ("raw",)
     raw: nn.Parameter
     constant_bound = True  # whatever the raw parameters are
-    _cache: dict[tuple, tuple[tuple[int, ...], Any]]  # key → (versions of the value's tensors, value)
-    _raw_seen: list[Tensor]  # copies of the raw parameters that the cache was computed from
 
     def __init__(self) -> None:
         super().__init__()
-        self._forget()
+        self._kept = _Kept()
 
     compute_effective: Callable[..., Any]
 
@@ -197,20 +215,25 @@ class ParametrizedModule(LipschitzModule):
             if entry is None or entry[1] != versions or not all(map(operator.is_, entry[0], raw)):
                 entry = shared[(self, key)] = (raw, versions, self._compute(*key))
             return entry[2]
-        if len(self._raw_seen) != len(raw) or not all(map(_identical, self._raw_seen, raw)):
-            self._cache = {}
-            self._raw_seen = [p.detach().clone() for p in raw]
-        entry = self._cache.get(key)
-        if entry is None or entry[0] != _versions(entry[1]):  # someone wrote into the weight that we had handed out
-            self._cache.pop(key, None)
-            if len(self._cache) >= _SIZES_KEPT:
-                self._cache.pop(next(iter(self._cache)))
-            # inference tensors would be of no use to a later backward pass with respect to the input
-            differentiable = torch.is_grad_enabled()
-            with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
-                value = self._compute(*key)
-            entry = self._cache[key] = (_versions(value), value)
-        return entry[1]
+        kept, differentiable = self._kept, torch.is_grad_enabled()
+        # inference tensors would be of no use to a later backward pass with respect to the input
+        with kept.lock, torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+            if len(kept.raw) != len(raw) or not all(map(_identical, kept.raw, raw)):
+                kept.raw, kept.weights = [p.detach().clone() for p in raw], {}
+            entry = kept.weights.get(key)
+            if entry is None or entry[0] != _versions(entry[1]):  # someone wrote into the weight that was handed out
+                kept.weights.pop(key, None)
+                if len(kept.weights) >= _SIZES_KEPT:
+                    kept.weights.pop(next(iter(kept.weights)))
+                weight = self._holding(kept.raw)._compute(*key)
+                entry = kept.weights[key] = (_versions(weight), weight)
+            return entry[1]
+
+    def _holding(self, raw: Sequence[Tensor]) -> Self:
+        """This layer with other raw parameters, which no other thread writes to."""
+        other = copy.copy(self)
+        other._parameters = {**self._parameters, **dict(zip(self.raw_names, raw, strict=True))}  # type: ignore[arg-type]
+        return other
 
     def _compute(self, *key: Any) -> Any:
         for name, shape in self.raw_shapes().items():
@@ -234,46 +257,109 @@ class ParametrizedModule(LipschitzModule):
 
     def executed_dtype(self) -> torch.dtype:
         """The dtype that matrix products run in here and now: the parameters', or autocast's inside its context."""
-        device = self.raw_device.type
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return getattr(self, self.raw_names[0]).dtype
-
-    def _forget(self) -> None:
-        self._cache, self._raw_seen = {}, []
+        return executed_dtype(getattr(self, self.raw_names[0]))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._forget()  # moved or cast: the old weight is only a waste of memory
+        self._kept = _Kept()  # moved or cast: the old weight is only a waste of memory
         return super()._apply(fn, recurse)
 
-    def __getstate__(self) -> dict:
-        state = self.__dict__.copy()
-        state["_cache"], state["_raw_seen"] = {}, []
-        return state
+
+def executed_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that products with a weight run in here and now: its own, or autocast's, which lets float64 be."""
+    device = weight.device.type
+    if device == "meta" or weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return weight.dtype
+    return torch.get_autocast_dtype(device)
 
 
-_PRECISIONS: tuple[Any, ...] = (
-    torch.backends.cuda.matmul,
-    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
-)
+def executed(weight: Tensor) -> Tensor:
+    """In float64, the weight that runs here and now."""
+    return weight.detach().to(executed_dtype(weight)).double()
+
+
+class Setting:
+    """A setting of torch's for the whole process, and how many threads need it to be `value`.
+
+    The first of them sets it, the last puts back what was there; where it has a value that will do, nothing is set.
+    """
+
+    def __init__(self, owner: Any, name: str, value: Any, will_do: tuple[Any, ...] = (), default: Any = None) -> None:
+        self.owner, self.name, self.value, self.will_do, self.default = owner, name, value, (value, *will_do), default
+        self.holders = 0
+        self.before: Any = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it will do, and not only for as long as another thread holds it."""
+        return not self.holders and self._now() in self.will_do
+
+    def take(self) -> bool:
+        """Whether it has to be given back."""
+        if self.fits:
+            return False
+        if self._now() not in self.will_do:
+            self.before = self._now()
+            self._set(self.value)
+        self.holders += 1
+        return True
+
+    def give_back(self) -> None:
+        self.holders -= 1
+        if self.holders or self._now() != self.value:  # meanwhile set by someone else
+            return
+        if self.default is not None:
+            self._set(self.default)
+        if self._now() != self.before:  # it was not inherited from a more general setting
+            self._set(self.before)
+
+    def _now(self) -> Any:
+        return getattr(self.owner, self.name)
+
+    def _set(self, value: Any) -> None:
+        setattr(self.owner, self.name, value)
+
+
+_settings_lock = threading.Lock()
+
+
+@contextmanager
+def held(settings: Sequence[Setting], general: Sequence[Setting] = ()) -> Iterator[None]:
+    """Within this context every setting will do, whatever other threads do in theirs.
+
+    `general` are settings that the others may inherit from: set first, where one of the others will not do.
+    """
+    taken: list[Setting] = []
+    try:
+        with _settings_lock:
+            if not all(setting.fits for setting in settings):
+                taken.extend(setting for setting in (*general, *settings) if setting.take())
+        yield
+    finally:
+        with _settings_lock:
+            for setting in reversed(taken):
+                setting.give_back()
+
+
+def _in_float32(backend: Any) -> Setting:
+    return Setting(backend, "fp32_precision", "ieee", will_do=("none",), default="none")
+
+
+# cudnn's convolutions inherit TF32 in a way that cannot be set again: what they inherit from is changed first
+_GENERAL = [Setting(torch.backends, "fp32_precision", "ieee")]
+_CUDA = [_in_float32(torch.backends.cuda.matmul), _in_float32(torch.backends.cudnn.conv)]  # type: ignore[attr-defined]
+_ONEDNN = [_in_float32(torch.backends.mkldnn.matmul), _in_float32(torch.backends.mkldnn.conv)]  # type: ignore[attr-defined]
 
 
 @contextmanager
 def exact_precision(device: torch.device) -> Iterator[None]:
-    """Autocast off, and products of float32 matrices and kernels in float32, not in TF32 or bfloat16."""
+    """Autocast off, and products of float32 matrices and kernels on `device` in float32, not in TF32 or bfloat16."""
     # meta knows no autocast; torch.compile traces no backend settings
     fixed = device.type == "meta" or torch.compiler.is_compiling()
-    settings = [] if fixed else [(backend, backend.fp32_precision) for backend in _PRECISIONS]
-    try:
-        for backend, _ in settings:
-            backend.fp32_precision = "ieee"
-        with nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in settings:
-            backend.fp32_precision = precision
+    with (
+        nullcontext() if fixed else held(_CUDA if device.type == "cuda" else _ONEDNN, _GENERAL),
+        nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False),
+    ):
+        yield
 
 
 def _in_range(raw: Tensor) -> Tensor:

@@ -51,8 +51,11 @@ class _Block(ParametrizedModule):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def _proven_bound(self) -> float:
+    def check_parts(self) -> None:
         require_slope_range(self, self.activation)  # it may have been replaced since construction
+
+    def _proven_bound(self) -> float:
+        self.check_parts()
         dtype = self.executed_dtype()
         if torch.finfo(dtype).bits >= 32:
             return 1.0

@@ -18,9 +18,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError, ShapeError, UnknownBoundError
-from liplayers.layers.activations import TIED, Householder, fold, require_slope_range, tied_channels
-from liplayers.layers.base import LipschitzModule, exact_precision
+from liplayers.layers.activations import TIED, fold, halves, require_slope_range, tied_channels
+from liplayers.layers.base import LipschitzModule, exact_precision, executed
 from liplayers.layers.containers import Container
+from liplayers.layers.intact import require_intact
 from liplayers.layers.lmi import require_sector
 from liplayers.layers.soc import polynomial
 from liplayers.linalg import upward
@@ -36,13 +37,6 @@ Size = tuple[int, int]
 def constant(value: Tensor) -> nn.Parameter:
     """A weight of a frozen module: a copy of `value`, without a gradient."""
     return nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
-
-
-def _executed(weight: Tensor) -> Tensor:
-    """In float64, what runs: rounded to autocast's dtype inside its context."""
-    device = weight.device.type
-    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return weight.detach().to(low).double()
 
 
 @dataclass(frozen=True)
@@ -206,13 +200,16 @@ class FrozenFourierConv2d(_PlacedConv2d):
         Y = _along_height(self.height_out, X).permute(3, 2, 0, 1).contiguous()
         return torch.view_as_real(Y).flatten(-2) @ self.width_out
 
-    def lipschitz_bound(self) -> float:
-        """The largest norm of the transfer matrices, for the exact DFT: its reductions are contractions."""
+    def check_parts(self) -> None:
         for name, exact in self._transforms().items():
             run = self.get_buffer(name)
             allowed = 16 * torch.finfo(run.dtype).eps  # entries are 1 at most, and rounded once or twice
             if run.shape != exact.shape or not (run.detach().cpu().double() - exact).abs().max() <= allowed:
                 raise UnknownBoundError(f"its {name} is not the transform that it was made with: freeze again")
+
+    def lipschitz_bound(self) -> float:
+        """The largest norm of the transfer matrices, for the exact DFT: its reductions are contractions."""
+        self.check_parts()
         return largest_norm_enclosure(self.matrices()).upper
 
     def constant_errors(self) -> dict[str, float]:
@@ -306,6 +303,9 @@ class _FrozenBlock(LipschitzModule):
         y = self.outgoing(w)
         return y if self.skip is None else y + self.skip(x)
 
+    def check_parts(self) -> None:
+        require_intact(self)
+
 
 class FrozenResidualBlock(_FrozenBlock):
     """y = x − Vᵀσ(Wx + b), as an nn.Linear or nn.Conv2d for W and another for −Vᵀ: `SLLBlock`, `CPLBlock`, and conv.
@@ -315,12 +315,16 @@ class FrozenResidualBlock(_FrozenBlock):
     and circular padding. T is S^½ to a power of two, which multiplies exactly.
     """
 
-    def lipschitz_bound(self) -> float:
+    def check_parts(self) -> None:
+        super().check_parts()
         require_slope_range(self, self.activation)
         _check_adjoint_places([*self.inner, self.outgoing])
         if type(self.skip) is not nn.Identity:
             raise UnknownBoundError("its skip is not the identity")
-        W, V = (_executed(weight) for weight in (self.inner[0].weight, self.outgoing.weight))  # type: ignore[arg-type]
+
+    def lipschitz_bound(self) -> float:
+        self.check_parts()
+        W, V = (executed(weight) for weight in (self.inner[0].weight, self.outgoing.weight))  # type: ignore[arg-type]
         V = -V.transpose(0, 1).flip(tuple(range(2, V.dim())))
         if V.shape != W.shape:
             raise UnknownBoundError(f"its weights are of shapes {tuple(W.shape)} and, transposed, {tuple(V.shape)}")
@@ -408,8 +412,13 @@ class FrozenLMIBlock(_FrozenBlock):
             return super().forward(x[None])[0]
         return super().forward(x)
 
-    def lipschitz_bound(self) -> float:
+    def check_parts(self) -> None:
+        super().check_parts()
+        _check_one_grid(self.inner, self.outgoing, self.skip)
         require_sector(self, self.activation, self.sector)
+
+    def lipschitz_bound(self) -> float:
+        self.check_parts()
         multipliers = [self.get_buffer(f"multiplier_{i}").double() for i in range(1, len(self.inner) + 1)]
         for multiplier in multipliers:
             groups = tied_channels(self.activation, len(multiplier))
@@ -419,11 +428,10 @@ class FrozenLMIBlock(_FrozenBlock):
                     f"build a new layer with this activation"
                 )
         layers = [*self.inner, self.outgoing, *(() if self.skip is None else (self.skip,))]
-        _check_one_grid(self.inner, self.outgoing, self.skip)
-        executed = [_matrices(layer) for layer in layers]
+        matrices = [_matrices(layer) for layer in layers]
         n = len(self.inner)
         found = 0.0  # what is proven at each row of frequencies is proven at all of them for the largest constant
-        for row in zip(*executed, strict=True):
+        for row in zip(*matrices, strict=True):
             weights = ExplicitWeights(row[:n], row[n], None if self.skip is None else row[n + 1], tuple(multipliers))
             found = max(found, proven_lipschitz(weights, self.lipschitz, self.sector))
         if found == math.inf:
@@ -460,7 +468,7 @@ def _matrices(layer: nn.Module) -> Tensor:
     """What a layer multiplies by, in float64, over rows of frequencies: one row for a dense layer."""
     if isinstance(layer, FrozenFourierConv2d):
         return layer.matrices().detach().to(torch.complex128)
-    return _executed(layer.weight)[None]  # type: ignore[arg-type]
+    return executed(layer.weight)[None]  # type: ignore[arg-type]
 
 
 class FrozenHouseholder(LipschitzModule):
@@ -495,7 +503,7 @@ class FrozenHouseholder(LipschitzModule):
         return f"channels={self.channels}, order={len(self.mirrors)}, dim={self.dim}"
 
 
-TIED[FrozenHouseholder] = TIED[Householder]
+TIED[FrozenHouseholder] = lambda activation, channels: halves(channels, activation.mirrors.shape[-1])
 
 
 class FrozenResidual(Container):
@@ -521,7 +529,7 @@ class FrozenResidual(Container):
 
     def compose_bounds(self, bounds: Sequence[float]) -> float:
         exact = (1 - self.alpha).double(), self.alpha.double()
-        pairs = [exact, (_executed(1 - self.alpha), _executed(self.alpha))]
+        pairs = [exact, (executed(1 - self.alpha), executed(self.alpha))]
         return max(
             upward.total(abs(rest.item()), upward.product(abs(weight.item()), bounds[0])) for rest, weight in pairs
         )

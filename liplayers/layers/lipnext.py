@@ -14,6 +14,7 @@ from liplayers.errors import ArgumentError, ShapeError, UnknownBoundError
 from liplayers.layers.activations import BetaAbs
 from liplayers.layers.base import LipschitzModule, check_positive, fill_orthogonal_
 from liplayers.layers.conv import Size2d, pair
+from liplayers.layers.intact import require_intact
 from liplayers.layers.manifold import ManifoldModule
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.stiefel import near_isometry_bound
@@ -174,9 +175,13 @@ class LipNeXtBlock(ManifoldModule):
         y = F.conv2d(y, mixed[:, :, None, None], self.bias)
         return self.activation(y)
 
-    def lipschitz_bound(self) -> float:
+    def check_parts(self) -> None:
         if (type(self.shift), type(self.activation)) != (SpatialShift2d, BetaAbs):
             raise UnknownBoundError("its shift or activation was replaced: build a new block")
+        require_intact(self)
+
+    def lipschitz_bound(self) -> float:
+        self.check_parts()
         dtype = self.executed_dtype()
         with torch.no_grad():
             mixed, rotation = (near_isometry_bound(W.to(dtype)) for W in self.effective())

@@ -132,7 +132,7 @@ class _LMIModule(ParametrizedModule):
     def compute_effective(self, *key: int) -> tuple[Tensor, ...]:
         return self._rounded(self.explicit_weights(*key), self.raw.dtype)
 
-    def _check_sector(self) -> None:
+    def check_parts(self) -> None:
         """The activation may have been replaced, or its parameters trained, since construction."""
         require_sector(self, self.activation, self.sector)
         if self._tied() != self._groups:
@@ -189,7 +189,7 @@ class DenseLMIBlock(_LMIModule):
 
     def lipschitz_bound(self) -> float:
         """Proven for the weights as they run, here and now; `lipschitz` unless they run in half precision."""
-        self._check_sector()
+        self.check_parts()
         dtype = self.executed_dtype()
         with torch.no_grad(), exact_precision(self.raw_device):
             run = [w.to(dtype).double() for w in self.effective()]
@@ -294,7 +294,7 @@ class Conv2dLMIBlock(_LMIModule):
 
     def lipschitz_bound(self) -> float:
         """`lipschitz`: the margin keeps the inequality for the weights as rounded, at every size."""
-        self._check_sector()
+        self.check_parts()
         return self.lipschitz
 
     def extra_repr(self) -> str:

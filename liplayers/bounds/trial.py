@@ -1,0 +1,307 @@
+"""Whether a model computes what was understood of it: its traced programs against itself, on random inputs.
+
+A copy of the model runs on batches of two sizes, with gradients and without, and every call of a module that the proof
+goes through is recorded. A sequence has to call its children one after the other, each with what the one
+before it returned. A program runs again on what its module was given, with what the modules that it calls returned, and
+has to give the same: those are the same operations on the same numbers, so the same to the bit. So that nothing hides
+behind zeros or NaN, both run again on random numbers, also in the place of what the modules return, in every mode that
+gradients have.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from liplayers.bounds.graph import Program, Shapes
+from liplayers.bounds.twin import private_copy, random_numbers_kept
+from liplayers.errors import UnknownBoundError
+
+_RUNS = ((2, torch.inference_mode), (3, torch.enable_grad))  # batches: what is none has the same size in both
+_MODES = (torch.no_grad, torch.inference_mode, torch.enable_grad)
+_INTERNAL = vars(nn.Module()).keys() - {"training"}
+_APART = 1e4  # rounding units by which logits may depend on the size of the batch
+
+
+@dataclass
+class _Call:
+    """One call of a module: what it was given and returned, as objects and as the values that they had then."""
+
+    module: nn.Module
+    given: Any
+    before: Any
+    result: Any = None
+    after: Any = None
+    calls: list[_Call] = field(default_factory=list)
+
+
+class _Answers:
+    """Stands for the modules that a program calls: returns what it was given, and keeps what it was asked."""
+
+    def __init__(self, answers: Sequence[Tensor]) -> None:
+        self.left = deque(answers)
+        self.asked: list[Any] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.asked += map(_kept, (*args, *kwargs.values()))
+        return self.left.popleft().clone()
+
+
+class Trial:
+    """The runs, and what they showed.
+
+    Args:
+        model: as it is, in its mode; a copy of it runs.
+        input_shape: of one input, without the batch dimension.
+        like: a tensor of the dtype and on the device that the model runs in.
+        sequences: the paths of the children of each sequence.
+        programs: by path.
+
+    Attributes:
+        refused: what computes otherwise than it was understood, by path; its reason.
+        shapes: by program and shape of its input, those of the program's values without the batch dimension, None
+            where they have none.
+
+    Raises:
+        UnknownBoundError: the model cannot be copied, or does not run on batches of several samples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_shape: tuple[int, ...],
+        like: Tensor,
+        sequences: Mapping[str, Sequence[str]],
+        programs: Mapping[str, Program],
+    ) -> None:
+        self.refused: dict[str, str] = {}
+        self._seen: dict[tuple[Program, tuple[int, ...]], dict[fx.Node, dict[int, tuple[int, ...]]]] = {}
+        self._model = private_copy(model)
+        for module in self._model.modules():  # they only see gradients, but stand between what is returned and given
+            module._backward_hooks.clear()
+            module._backward_pre_hooks.clear()
+        self._sequences = {self._part(path): [self._part(p) for p in parts] for path, parts in sequences.items()}
+        self._programs = {self._part(path): (path, program) for path, program in programs.items()}
+        self._calls: list[_Call] = []
+        largest = max(size for size, _ in _RUNS)
+        self._generator = torch.Generator().manual_seed(0)
+        samples = self._random(like.new_empty(largest, *input_shape)).detach()
+        results, states = [], []
+        with self._recorded(), random_numbers_kept():
+            for size, mode in _RUNS:
+                results.append(self._run(samples[:size], mode))
+                states.append(self._states())  # after each run: what the first one sets shows in what the next computes
+        for path, before in states[0].items():
+            after = states[-1][path]
+            changed = next((name for name in before | after if before.get(name) != after.get(name)), None)
+            if changed is not None:
+                self.refused[path] = f"a call changes {changed}, on which its forward may depend: keep no state"
+        if not self.refused:
+            _check_samples_apart(results, like)
+
+    @property
+    def shapes(self) -> dict[Program, dict[tuple[int, ...], Shapes]]:
+        """See the class."""
+        found: dict[Program, dict[tuple[int, ...], Shapes]] = {}
+        for (program, given), nodes in self._seen.items():
+            found.setdefault(program, {})[given] = {node: _without_batch(sizes) for node, sizes in nodes.items()}
+        return found
+
+    def _part(self, path: str) -> nn.Module:
+        return self._model.get_submodule(path)
+
+    def _run(self, samples: Tensor, mode: Callable[[], Any]) -> Any:
+        with torch.inference_mode(False), mode():
+            x = samples.clone().requires_grad_(torch.is_grad_enabled()).clone()  # no leaf
+            try:
+                result = self._model(x)
+            except Exception as error:  # of the user's code: anything may come out
+                raise UnknownBoundError(
+                    f"it does not run on a batch of {len(x)} ({' '.join(str(error).split())})"
+                ) from None
+            calls, self._calls = self._calls, []
+            for call in calls:
+                self._verify(call, len(x))
+        return result.detach() if isinstance(result, Tensor) else result
+
+    # recording
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        called = set(self._programs)
+        called |= {m.get_submodule(p) for m, (_, program) in self._programs.items() for p in program.calls()}
+        everything = called.union(self._sequences, *self._sequences.values())
+        stack: list[_Call] = []
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            given = next(iter((*args, *kwargs.values())), None)
+            call = _Call(module, given, _kept(given) if module in called else None)
+            (stack[-1].calls if stack else self._calls).append(call)
+            stack.append(call)
+
+        def leave(module: nn.Module, args: tuple, result: Any) -> None:
+            call = stack.pop()
+            call.result, call.after = result, _kept(result) if module in called else None
+
+        handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in everything]
+        handles += [m.register_forward_hook(leave) for m in everything]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # comparing
+
+    def _verify(self, call: _Call, batch: int) -> None:
+        if call.module in self._sequences:
+            self._verify_sequence(call)
+        elif call.module in self._programs:
+            self._verify_program(call, batch)
+        for inner in call.calls:
+            self._verify(inner, batch)
+
+    def _verify_sequence(self, call: _Call) -> None:
+        children, value = self._sequences[call.module], call.given
+        same = len(children) == len(call.calls)
+        for child, inner in zip(children, call.calls, strict=False):
+            same &= inner.module is child and inner.given is value
+            value = inner.result
+        if not same or call.result is not value:
+            path = next(name for name, m in self._model.named_modules() if m is call.module)
+            self.refused[path] = "it does not run its children one after the other"
+
+    def _verify_program(self, call: _Call, batch: int) -> None:
+        path, program = self._programs[call.module]
+        left = deque(call.calls)
+
+        def returned(name: str, *args: Any, **kwargs: Any) -> Any:
+            inner = left.popleft()
+            (x,) = (*args, *kwargs.values())
+            if inner.module is not call.module.get_submodule(name) or not _same(inner.before, x):
+                raise ValueError(name)
+            return inner.after
+
+        try:
+            values = program.run(_kept(call.before), returned)
+            same = (
+                not left
+                and _same(values[program.output], call.after)
+                and all(self._agree_on_random(call, program, mode) for mode in _MODES)
+            )
+        except Exception:  # whatever a program that is not this module's may do
+            same = False
+        if not same:
+            self.refused[path] = (
+                "its forward computes something else than its trace: it may ask for the type of its input, for the "
+                "mode of gradients or how often it was called, or change a tensor in place that it uses again"
+            )
+        elif isinstance(call.before, Tensor):
+            nodes = self._seen.setdefault((program, tuple(call.before.shape[1:])), {})
+            for node, value in values.items():
+                if isinstance(value, Tensor):
+                    nodes.setdefault(node, {})[batch] = tuple(value.shape)
+
+    def _agree_on_random(self, call: _Call, program: Program, mode: Callable[[], Any]) -> bool:
+        leaves = {call.module.get_submodule(path) for path in program.calls()}
+        with torch.inference_mode(False), mode():
+            x = self._random(call.before)
+            answers = [self._random(inner.after) for inner in call.calls]
+            own, traced = _Answers(answers), _Answers(answers)
+            for leaf in leaves:
+                leaf._compiled_call_impl = own  # type: ignore[assignment]
+            try:
+                result = call.module.forward(x.clone())
+            finally:
+                for leaf in leaves:
+                    del leaf._compiled_call_impl
+            values = program.run(x.clone(), lambda path, *args, **kwargs: traced(*args, **kwargs))
+            same_questions = len(own.asked) == len(traced.asked) and all(map(_same, own.asked, traced.asked))
+            return same_questions and _same(values[program.output], result)
+
+    def _random(self, like: Tensor) -> Tensor:
+        numbers = torch.randn(like.shape, generator=self._generator, dtype=torch.float64).to(like.device, like.dtype)
+        return numbers.requires_grad_(torch.is_grad_enabled()).clone()  # no leaf, which could not be written to
+
+    def _states(self) -> dict[str, dict[str, str]]:
+        """What a call may change and a later one read, by path of each program and a name for it."""
+        found: dict[str, dict[str, str]] = {}
+        for module, (path, program) in self._programs.items():
+            leaves = tuple(f"{name}." for name in program.calls())
+            parts = [part for name, part in module.named_modules() if not f"{name}.".startswith(leaves)]
+            found[path] = {name: state for part in parts for name, state in _state(part).items()}
+        return found
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())  # NaN where both are
+
+
+def _without_batch(sizes: dict[int, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The shape behind the batch dimension, from those for several sizes of the batch; None if it has none."""
+    found = {shape[1:] for shape in sizes.values()}
+    batched = all(shape[:1] == (batch,) for batch, shape in sizes.items())
+    return found.pop() if batched and len(found) == 1 else None
+
+
+def _check_samples_apart(results: Sequence[Any], like: Tensor) -> None:
+    """Raise unless each sample's result is the same in both batches, up to rounding."""
+    for (size, _), result in zip(_RUNS, results, strict=True):
+        if not isinstance(result, Tensor) or not result.dim() or len(result) != size:
+            return  # what has no sample for each sample is refused by its shape
+        dtypes = [result.dtype, like.dtype]
+        if torch.is_autocast_enabled(like.device.type):
+            dtypes.append(torch.get_autocast_dtype(like.device.type))
+        if like.device.type != "cpu":
+            dtypes.append(torch.float16)  # TF32 has its rounding unit
+        unit = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+        largest = results[-1][:size]
+        distance = (result - largest).abs().amax() if result.numel() else torch.zeros(())
+        if distance > _APART * unit * max(1.0, largest.abs().amax().item()):
+            raise UnknownBoundError("its result for a sample depends on the other samples of its batch")
+
+
+def _state(module: nn.Module) -> dict[str, str]:
+    """Attributes of a module and its class, and what its forward knows from outside, as text."""
+    found = {f"its attribute {name!r}": value for name, value in vars(module).items() if name not in _INTERNAL}
+    found |= {f"its tensor {name!r}": _written(tensor) for name, tensor in module._buffers.items()}
+    found |= {f"its tensor {name!r}": _written(tensor) for name, tensor in module._parameters.items()}
+    kind = type(module)
+    found |= {f"{kind.__name__}.{name}": value for name, value in vars(kind).items() if not name.startswith("__")}
+    with suppress(TypeError, ValueError):  # a forward that is no function of Python, or refers to what is not there yet
+        known = inspect.getclosurevars(inspect.unwrap(kind.forward))
+        found |= {f"the variable {name!r}": value for name, value in {**known.nonlocals, **known.globals}.items()}
+    return {name: _text(value) for name, value in found.items()}
+
+
+def _written(tensor: Tensor | None) -> tuple:
+    return () if tensor is None else (id(tensor), tensor._version, tensor)
+
+
+def _text(value: Any, depth: int = 3) -> str:
+    """A value as far as a counter or a switch would show in it; larger tensors are results that are kept."""
+    if isinstance(value, Tensor):
+        return str(value.item()) if value.numel() == 1 else "tensor"
+    if not depth or callable(value) or inspect.ismodule(value):
+        return type(value).__name__
+    if isinstance(value, Mapping):
+        return "".join(f"{key}: {_text(v, depth - 1)}," for key, v in islice(value.items(), 100))
+    if isinstance(value, (list, tuple, deque, Set)):
+        return f"{len(value)}: " + "".join(f"{_text(v, depth - 1)}," for v in islice(value, 100))
+    with suppress(Exception):  # of the user's __repr__
+        return repr(value) + (_text(vars(value), depth - 1) if hasattr(value, "__dict__") else "")
+    return type(value).__name__
