@@ -76,7 +76,7 @@ def write_everywhere(module: nn.Module) -> None:
     for part in module.modules():
         part.register_forward_hook(hook)
         if isinstance(part, lp.Scale):
-            part.factor = 10.0
+            vars(part)["factor"] = 10.0  # a setting cannot be set again
 
 
 def replace(module: nn.Sequential) -> None:
