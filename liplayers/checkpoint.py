@@ -76,6 +76,13 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: the weights do not fit the model of its config ({detail})") from None
 
 
+def widen_scalars(states: dict[int, dict[str, Any]]) -> None:
+    """Make vectors of one entry of what an optimizer kept of scalar parameters, which are such vectors now."""
+    kept = {k for state in states.values() for k, v in state.items() if isinstance(v, Tensor) and v.dim()}
+    for state in states.values():
+        state.update({k: v[None] for k, v in state.items() if k in kept and isinstance(v, Tensor) and not v.dim()})
+
+
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint with weights_only=True: tensors and plain containers, no code.
 

@@ -18,6 +18,10 @@ class ArgumentError(LipschitzError, ValueError):
     """An argument that the called function or layer cannot honour."""
 
 
+class SettledError(LipschitzError, AttributeError):
+    """A setting of a layer that was assigned after construction."""
+
+
 class ShapeError(LipschitzError, ValueError):
     """A tensor or image of a shape that does not fit."""
 

@@ -322,7 +322,7 @@ def _lipnext_block(block: LipNeXtBlock, freezer: _Freezer) -> nn.Sequential:
 
 
 def _residual(container: Residual, freezer: _Freezer) -> FrozenResidual:
-    return FrozenResidual(freezer.copied(container.branch), container.logit.sigmoid())
+    return FrozenResidual(freezer.copied(container.branch), container.logit.sigmoid().view(()))
 
 
 RULES: dict[type[nn.Module], Rule] = {

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, fx, nn
 from liplayers.bounds.graph import Program, Shapes, graph_bounds, trace
 from liplayers.bounds.torch_modules import RULES, Shape, torch_bound
 from liplayers.bounds.trial import Trial
-from liplayers.bounds.twin import private_copy, random_numbers_kept
+from liplayers.bounds.twin import private_copy
 from liplayers.errors import ArgumentError, LipschitzError, NonFiniteError, Obstacle, ShapeError, UnknownBoundError
 from liplayers.layers.base import LipschitzLinear, LipschitzModule, executed_dtype
 from liplayers.layers.containers import Container
@@ -300,10 +301,13 @@ class _Walk:
             return self.found[path]
         try:
             value = part.compute()
-        except UnknownBoundError as error:
-            if error.obstacles:
-                raise
-            raise UnknownBoundError.of([Obstacle(path, type(module).__name__, str(error))]) from None
+        except (UnknownBoundError, ArgumentError) as error:
+            if part.children or part.program or (isinstance(error, UnknownBoundError) and error.obstacles):
+                raise  # it has the path of the part that it is about
+            obstacle = Obstacle(path, type(module).__name__, str(error))
+            if isinstance(error, ArgumentError):
+                raise ArgumentError(str(obstacle)) from None
+            raise UnknownBoundError.of([obstacle]) from None
         if not (math.isfinite(value) and value >= 0):
             raise NonFiniteError(
                 f"{path or 'the model'} ({type(module).__name__}): its bound is {value}; "
@@ -372,7 +376,7 @@ def _is_leaf(module: nn.Module) -> bool:
 def _check_dimension(module: nn.Module, shapes: set) -> None:
     """What acts along dimension 0 treats the samples of a batch as one vector."""
     dim = getattr(module, "dim", None)
-    if not isinstance(dim, int):
+    if not isinstance(dim, Integral):
         return
     for shape in shapes:
         if dim == 0 or (shape is not None and dim == -1 - len(shape)):
@@ -433,7 +437,7 @@ def _record_shapes(model: nn.Module, input_shape: Shape) -> dict[nn.Module, set]
     for original, module in zip(model.modules(), tried.modules(), strict=True):
         module.register_forward_hook(partial(record, original), with_kwargs=True)
     try:
-        with torch.no_grad(), random_numbers_kept():
+        with torch.no_grad():
             tried(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
     except ShapeError:
         raise

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import Argument, map_arg
 
-from liplayers.bounds.twin import private_copy, random_numbers_kept
+from liplayers.bounds.twin import private_copy
 from liplayers.errors import UnknownBoundError
 from liplayers.linalg import upward
 
@@ -130,7 +130,7 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Program:
         if part is not module and is_leaf(part):
             part._compiled_call_impl = partial(tracer.call, path)  # what nn.Module calls where there is one
     try:
-        with torch.no_grad(), random_numbers_kept():
+        with torch.no_grad():
             result = module.forward(tracer.create_proxy("placeholder", "x", (), {}))
             program.graph.output(tracer.create_arg(result))
     except UnknownBoundError:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import TypeVar
@@ -46,26 +44,17 @@ def private_copy(model: Model) -> Model:
                 alias = p.detach().clone() if p.is_inference() else p.detach()
                 shared[id(p)] = nn.Parameter(alias, requires_grad=False)
             return _copied(model, shared)
+    except UnknownBoundError:
+        raise
     except Exception as error:  # of the user's attributes: anything may come out
         raise UnknownBoundError(f"it cannot be copied for a trial run ({' '.join(str(error).split())})") from None
-
-
-@contextmanager
-def random_numbers_kept() -> Iterator[None]:
-    """Puts torch's random numbers back to where they were, if they were drawn."""
-    cuda = [torch.cuda] if torch.cuda.is_initialized() else []
-    states = [(owner, owner.get_rng_state()) for owner in (torch, *cuda)]
-    try:
-        yield
-    finally:
-        for owner, state in states:
-            if not torch.equal(owner.get_rng_state(), state):
-                owner.set_rng_state(state)
 
 
 def _copied(model: Model, memo: dict[int, object]) -> Model:
     other = copy.deepcopy(model, memo)
     for own, copied in zip(model.modules(), other.modules(), strict=True):
+        if type(copied) is not type(own):  # a __deepcopy__ of its own
+            raise UnknownBoundError(f"a copy of it has {type(copied).__name__} in the place of {type(own).__name__}")
         if "_kept" in vars(own):  # effective weights, which a copy would compute again
             vars(copied)["_kept"] = vars(own)["_kept"]
     return other

@@ -316,8 +316,7 @@ def _prove(
     weights: Mapping[str, Tensor] | None,
 ) -> _Proven:
     distance, analysis = 0.0, None
-    if mode == "proof":
-        check_plain(model)
+    check_plain(model)
     with exact_precision(torch.device("cpu")):
         network = _private_copy(model).eval().requires_grad_(False)
         if mode == "proof":

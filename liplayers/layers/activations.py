@@ -247,7 +247,7 @@ class Householder(ParametrizedModule):
     tensor([[ 4.,  1., -9.]])
     """
 
-    raw_names = ("theta",)
+    theta: nn.Parameter
 
     def __init__(
         self,
@@ -262,8 +262,11 @@ class Householder(ParametrizedModule):
         self.channels = channels
         self.order = order
         self.dim = dim
-        self.theta = nn.Parameter(torch.empty(order, channels // 2, device=device, dtype=dtype))
+        self._make_raw(device, dtype)
         self.reset_parameters()
+
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"theta": (self.order, self.channels // 2)}
 
     def reset_parameters(self) -> None:
         """θ = π/2, 3π/2, 2π, …: each fold halves the wedge that is left."""

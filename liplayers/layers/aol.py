@@ -20,9 +20,8 @@ __all__ = ["AOLConv2d", "AOLConvTranspose2d", "AOLLinear"]
 
 
 def safe_rsqrt(row_sums: Tensor) -> Tensor:
-    """d^(−1/2), and 1 for sums too small to carry a relative accuracy: their columns are negligible beside norm 1."""
-    info = torch.finfo(row_sums.dtype)
-    usable = row_sums > info.tiny / info.eps
+    """d^(−1/2), and 1 for sums whose d^(−3/2) is out of range: their columns are negligible beside norm 1."""
+    usable = row_sums > torch.finfo(row_sums.dtype).tiny ** 0.6
     return torch.where(usable, torch.where(usable, row_sums, 1).rsqrt(), 1)
 
 

@@ -29,7 +29,7 @@ def _reset(module: LipschitzLinear | FourierConv2d) -> None:
     fan = module.raw.shape[0] + module.raw.shape[1]
     nn.init.normal_(module.raw, std=math.sqrt(2 / (fan * math.prod(module.raw.shape[2:]))))
     norm = torch.linalg.vector_norm(module.raw.detach().float()).to(module.raw.dtype)
-    module.get_parameter("gain").data.copy_(norm)
+    module.get_parameter("gain").data.fill_(norm)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
 
@@ -58,7 +58,7 @@ class CayleyLinear(LipschitzLinear):
     """
 
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {**super().raw_shapes(), "gain": ()}
+        return {**super().raw_shapes(), "gain": (1,)}
 
     def reset_parameters(self) -> None:
         """Gaussian P, the gain equal to its norm, no bias."""
@@ -96,7 +96,7 @@ class CayleyConv2d(FourierConv2d):
     """
 
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {**super().raw_shapes(), "gain": ()}
+        return {**super().raw_shapes(), "gain": (1,)}
 
     def reset_parameters(self) -> None:
         """Gaussian P, the gain equal to its norm, no bias."""

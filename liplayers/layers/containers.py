@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError, ShapeError
-from liplayers.layers.base import LipschitzModule
+from liplayers.layers.base import LipschitzModule, SettledModule, check_shape
 from liplayers.linalg import upward
 
 __all__ = ["Concatenate", "Container", "Normalize", "Residual", "Scale"]
 
 
-class Container(nn.Module):
+class Container(SettledModule):
     """A module whose bound follows from those of its branches."""
 
     def branches(self) -> Sequence[nn.Module]:
@@ -54,7 +54,7 @@ class Residual(Container):
         if not 0 < alpha < 1:
             raise ArgumentError(f"Residual: alpha={alpha!r}; expected a number strictly between 0 and 1")
         self.branch = branch
-        self.logit = nn.Parameter(torch.tensor(math.log(alpha / (1 - alpha))), requires_grad=learnable)
+        self.logit = nn.Parameter(torch.tensor([math.log(alpha / (1 - alpha))]), requires_grad=learnable)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.branch(x)
@@ -62,7 +62,7 @@ class Residual(Container):
             raise ShapeError(
                 f"Residual: the branch turned {tuple(x.shape)} into {tuple(y.shape)}; it must keep the shape"
             )
-        alpha = self.logit.sigmoid()
+        alpha = self.logit.sigmoid().view(())  # as a scalar it takes the dtype of x
         return (1 - alpha) * x + alpha * y
 
     def branches(self) -> Sequence[nn.Module]:
@@ -165,6 +165,8 @@ class Normalize(LipschitzModule):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 2 or x.shape[1] != len(self.mean):
             raise ShapeError(f"Normalize: got shape {tuple(x.shape)}; expected (N, {len(self.mean)}, …)")
+        check_shape(self, "mean", self.mean, (x.shape[1],))
+        check_shape(self, "std", self.std, (x.shape[1],))
         shape = (-1, *[1] * (x.dim() - 2))
         return (x - self.mean.view(shape)) / self.std.view(shape)
 

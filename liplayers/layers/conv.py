@@ -226,25 +226,19 @@ class LipschitzConvTranspose2d(LipschitzModule):
         check_positive(self, in_channels=in_channels, out_channels=out_channels, groups=groups)
         if padding_mode != "zeros":
             raise ArgumentError(f"{name}: padding_mode={padding_mode!r}; a transposed convolution has only 'zeros'")
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = pair(self, "kernel_size", kernel_size, 1)
-        self.stride = pair(self, "stride", stride, 1)
-        self.padding = pair(self, "padding", padding, 0)
-        self.output_padding = pair(self, "output_padding", output_padding, 0)
-        self.groups = groups
-        self.dilation = pair(self, "dilation", dilation, 1)
         self.padding_mode = padding_mode
+        self.output_padding = pair(self, "output_padding", output_padding, 0)
+        padding = pair(self, "padding", padding, 0)
+        geometry = (kernel_size, stride, padding, dilation, groups, False)
+        try:
+            self.adjoint = self.family(out_channels, in_channels, *geometry, device=device, dtype=dtype)
+        except ArgumentError as error:
+            raise ArgumentError(f"{name}: {error}") from None
         for extra, s, d in zip(self.output_padding, self.stride, self.dilation, strict=True):
             if extra >= max(s, d):
                 raise ArgumentError(
                     f"{name}: output_padding={output_padding}; it must be smaller than the stride or the dilation"
                 )
-        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, groups, False)
-        try:
-            self.adjoint = self.family(out_channels, in_channels, *geometry, device=device, dtype=dtype)
-        except ArgumentError as error:
-            raise ArgumentError(f"{name}: {error}") from None
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
@@ -253,6 +247,14 @@ class LipschitzConvTranspose2d(LipschitzModule):
         self.adjoint.reset_parameters()
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    in_channels = property(lambda self: self.adjoint.out_channels)
+    out_channels = property(lambda self: self.adjoint.in_channels)
+    kernel_size = property(lambda self: self.adjoint.kernel_size)
+    stride = property(lambda self: self.adjoint.stride)
+    padding = property(lambda self: self.adjoint.padding)
+    dilation = property(lambda self: self.adjoint.dilation)
+    groups = property(lambda self: self.adjoint.groups)
 
     @property
     def weight(self) -> Tensor:
@@ -400,7 +402,7 @@ class FourierConv2d(LipschitzConv2d):
         with exact_precision(x.device):
             y = self.convolve(y, self.output_size(*x.shape[-2:])).to(x.dtype)
         if self.bias is not None:
-            y = y + self.bias.to(y.dtype)[:, None, None]
+            y = y + self.bias.to(y.dtype).view(self.out_channels, 1, 1)
         return y if batched else y[0]
 
     def lipschitz_bound(self) -> float:

@@ -48,6 +48,9 @@ class Placement:
         pads: zeros (before, after) for height and width.
         stride: the padded image is pixel-unshuffled by it.
         start, out: where the output begins in the result, negative on a torus, and its size.
+
+    Raises:
+        ShapeError: numbers that are not integers, empty images, negative padding, a stride that does not divide.
     """
 
     image: Size
@@ -55,6 +58,26 @@ class Placement:
     stride: Size
     start: Size
     out: Size
+
+    def __post_init__(self) -> None:
+        numbers = [*self.image, *self.pads[0], *self.pads[1], *self.stride, *self.start, *self.out]
+        padded = [n + before + after for n, (before, after) in zip(self.image, self.pads, strict=True)]
+        if (
+            any(type(n) is not int for n in numbers)
+            or min(*self.image, *self.stride, *self.out) < 1
+            or min(*self.pads[0], *self.pads[1]) < 0
+            or any(n % s for n, s in zip(padded, self.stride, strict=True))
+        ):
+            raise ShapeError(
+                f"{self}: expected integers, sizes and stride of at least 1, padding of at least 0, and a stride that "
+                f"divides the padded image"
+            )
+
+    @property
+    def embedded(self) -> Size:
+        """Height and width of the padded, pixel-unshuffled image."""
+        (height, top, bottom), (width, left, right) = ((n, *p) for n, p in zip(self.image, self.pads, strict=True))
+        return (height + top + bottom) // self.stride[0], (width + left + right) // self.stride[1]
 
 
 class _PlacedConv2d(LipschitzModule):
@@ -80,7 +103,7 @@ class _PlacedConv2d(LipschitzModule):
         image = rearrange(image, "n c (h a) (w b) -> n (c a b) h w", a=place.stride[0], b=place.stride[1])
         with exact_precision(x.device):
             y = self.convolve(image).to(x.dtype)
-        y = y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+        y = y if self.bias is None else y + self.bias.to(y.dtype).view(y.shape[1], 1, 1)
         return y if x.dim() == 4 else y[0]
 
     def _crop(self, y: Tensor) -> Tensor:
@@ -107,7 +130,8 @@ class FrozenFourierConv2d(_PlacedConv2d):
         (N, in, *placement.image) → (N, out, *placement.out).
 
     Raises:
-        ShapeError: an output larger than the grid; at call, another size of image.
+        ShapeError: an image or an output larger than the grid, which would meet itself on it, or transfer matrices
+            for another grid; at call, another size of image.
     """
 
     width_in: Tensor  # (w, 2·(W//2 + 1)), from pixels to pairs of real numbers
@@ -117,8 +141,14 @@ class FrozenFourierConv2d(_PlacedConv2d):
 
     def __init__(self, transfer: Tensor, bias: Tensor | None, grid: Size, placement: Placement) -> None:
         super().__init__()
-        if any(out > size for out, size in zip(placement.out, grid, strict=True)):
-            raise ShapeError(f"FrozenFourierConv2d: an output of {placement.out} does not fit on the grid {grid}")
+        for what, sizes in (("an image", placement.embedded), ("an output", placement.out)):
+            if any(type(size) is not int or n > size for n, size in zip(sizes, grid, strict=True)):
+                raise ShapeError(f"FrozenFourierConv2d: {what} of {sizes} does not fit on the grid {grid}")
+        if tuple(transfer.shape[:-2]) != (grid[0], grid[1] // 2 + 1):
+            raise ShapeError(
+                f"FrozenFourierConv2d: transfer is of shape {tuple(transfer.shape)}; expected "
+                f"({grid[0]}, {grid[1] // 2 + 1}, out, in) for the grid {grid}"
+            )
         self.transfer = constant(torch.view_as_real(transfer.resolve_conj()))
         self.bias = None if bias is None else constant(bias)
         self.in_channels = transfer.shape[-1] // math.prod(placement.stride)
@@ -129,7 +159,7 @@ class FrozenFourierConv2d(_PlacedConv2d):
     def _transforms(self) -> dict[str, Tensor]:
         """The four matrices in float64."""
         place, (height, width) = self.placement, self.grid
-        h, w = ((n + sum(pad)) // s for n, pad, s in zip(place.image, place.pads, place.stride, strict=True))
+        h, w = place.embedded
         rows, columns = (torch.arange(first, first + n) for first, n in zip(place.start, place.out, strict=True))
         return {
             "width_in": torch.view_as_real(isometric_dft(torch.arange(w), width, half=True).T).flatten(1),
@@ -170,8 +200,16 @@ class FrozenFourierConv2d(_PlacedConv2d):
         Y = _along_height(self.height_out, X).permute(3, 2, 0, 1).contiguous()
         return torch.view_as_real(Y).flatten(-2) @ self.width_out
 
+    def check_parts(self) -> None:
+        for name, exact in self._transforms().items():
+            run = self.get_buffer(name)
+            allowed = 16 * torch.finfo(run.dtype).eps  # entries are 1 at most, and rounded once or twice
+            if run.shape != exact.shape or not (run.detach().cpu().double() - exact).abs().max() <= allowed:
+                raise UnknownBoundError(f"its {name} is not the transform that it was made with: freeze again")
+
     def lipschitz_bound(self) -> float:
         """The largest norm of the transfer matrices, for the exact DFT: its reductions are contractions."""
+        self.check_parts()
         return largest_norm_enclosure(self.matrices()).upper
 
     def constant_errors(self) -> dict[str, float]:
@@ -219,8 +257,13 @@ class FrozenPolynomialConv2d(_PlacedConv2d):
         placement: Placement,
     ) -> None:
         super().__init__()
+        if not all(map(math.isfinite, coefficients)):
+            raise ArgumentError(f"FrozenPolynomialConv2d: coefficients={coefficients}; expected finite numbers")
+        end = (start + n for start, n in zip(placement.start, placement.out, strict=True))
+        if min(placement.start) < 0 or any(n > size for n, size in zip(end, placement.embedded, strict=True)):
+            raise ShapeError(f"FrozenPolynomialConv2d: {placement}: its output lies beyond the padded image")
         self.kernel = constant(kernel)
-        self.coefficients = coefficients
+        self.coefficients = tuple(map(float, coefficients))
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.bias = None if bias is None else constant(bias)
@@ -233,6 +276,8 @@ class FrozenPolynomialConv2d(_PlacedConv2d):
     def lipschitz_bound(self) -> float:
         """The largest |p(iθ)| for |θ| up to the norm of a skew L."""
         L = self.kernel.detach().double()
+        if not all(k % 2 for k in L.shape[2:]):
+            raise UnknownBoundError("its kernel has even sides: its powers would not keep the image's size")
         if not torch.equal(L, -L.transpose(0, 1).flip(-2, -1)):
             raise UnknownBoundError("its kernel is not skew-symmetric")
         norm = conv_norm_enclosure(L, tolerance=math.inf).upper
@@ -273,11 +318,16 @@ class FrozenResidualBlock(_FrozenBlock):
     def check_parts(self) -> None:
         super().check_parts()
         require_slope_range(self, self.activation)
+        _check_adjoint_places([*self.inner, self.outgoing])
+        if type(self.skip) is not nn.Identity:
+            raise UnknownBoundError("its skip is not the identity")
 
     def lipschitz_bound(self) -> float:
         self.check_parts()
         W, V = (executed(weight) for weight in (self.inner[0].weight, self.outgoing.weight))  # type: ignore[arg-type]
         V = -V.transpose(0, 1).flip(tuple(range(2, V.dim())))
+        if V.shape != W.shape:
+            raise UnknownBoundError(f"its weights are of shapes {tuple(W.shape)} and, transposed, {tuple(V.shape)}")
         rows, outgoing = W.flatten(1), V.flatten(1)
         s = (rows * outgoing).sum(1, keepdim=True) / rows.square().sum(1, keepdim=True)
         s = torch.where(s.isfinite() & (s > 0), s, 0)
@@ -290,6 +340,29 @@ class FrozenResidualBlock(_FrozenBlock):
         rest = _rounded_norm((E / T).view_as(W), ((E.abs() + product.abs()) / T).view_as(W))
         beyond = upward.product(rest, _rounded_norm((T * rows).view_as(W), torch.zeros_like(W)))
         return upward.total(max(1.0, upward.total(upward.product(norm, norm), -1)), beyond)
+
+
+def _check_adjoint_places(layers: Sequence[nn.Module]) -> None:
+    """Raise UnknownBoundError unless W and V are dense, or convolutions of odd size that keep the image's, both alike.
+
+    That is what the types and settings of torch's modules, which anyone may change, have to say now.
+    """
+    kinds = {type(layer) for layer in layers}
+    if len(layers) != 2 or (kinds != {nn.Linear} and kinds != {nn.Conv2d}):
+        raise UnknownBoundError(f"it consists of {layers}; expected two nn.Linear or two nn.Conv2d")
+    modes = set()
+    for conv in layers:
+        if isinstance(conv, nn.Conv2d):
+            sizes = conv.weight.shape[2:]
+            pads = tuple(k // 2 for k in sizes)
+            around = (pads[1], pads[1], pads[0], pads[0])  # what circular padding runs
+            runs = tuple(conv._reversed_padding_repeated_twice)
+            geometry = (conv.stride, conv.dilation, conv.groups, conv.padding, runs)
+            if not all(k % 2 for k in sizes) or geometry != ((1, 1), (1, 1), 1, pads, around):
+                raise UnknownBoundError(f"{conv} does not keep the size of the image")
+            modes.add(conv.padding_mode)
+    if not modes <= {"zeros", "circular"} or len(modes) > 1:
+        raise UnknownBoundError(f"its convolutions pad by {' and '.join(sorted(modes))}")
 
 
 def _rounded_norm(weight: Tensor, rounded: Tensor) -> float:
@@ -341,6 +414,7 @@ class FrozenLMIBlock(_FrozenBlock):
 
     def check_parts(self) -> None:
         super().check_parts()
+        _check_one_grid(self.inner, self.outgoing, self.skip)
         require_sector(self, self.activation, self.sector)
 
     def lipschitz_bound(self) -> float:
@@ -363,6 +437,31 @@ class FrozenLMIBlock(_FrozenBlock):
         if found == math.inf:
             raise UnknownBoundError("its multipliers prove no bound for its weights, which were changed")
         return found
+
+
+def _check_one_grid(inner: nn.ModuleList, outgoing: nn.Module, skip: nn.Module | None) -> None:
+    """Raise UnknownBoundError unless all layers are nn.Linear, or multiply at each frequency of one grid.
+
+    Between its ends such a network stays on the grid: only then is what is shown at each frequency shown for all of it.
+    """
+    layers = [*inner, outgoing, *(() if skip is None else (skip,))]
+    kinds = {type(layer) for layer in layers}
+    if kinds == {nn.Linear}:
+        return
+    if kinds != {FrozenFourierConv2d}:
+        raise UnknownBoundError(f"it consists of {', '.join(sorted(kind.__name__ for kind in kinds))}")
+    places, grid = [layer.placement for layer in layers], layers[0].grid
+    none = ((0, 0), (0, 0))
+    begin = [(place.image, place.pads, place.stride) for place in places]
+    end = [(place.start, place.out) for place in places]
+    n = len(inner)
+    if (
+        any(layer.grid != grid for layer in layers)
+        or any(place != (grid, none, (1, 1)) for place in begin[1 : n + 1])
+        or any(place != ((0, 0), grid) for place in end[:n])
+        or (skip is not None and (begin[-1], end[-1]) != (begin[0], end[n]))
+    ):
+        raise UnknownBoundError("its layers are not placed on one grid: freeze again")
 
 
 def _matrices(layer: nn.Module) -> Tensor:

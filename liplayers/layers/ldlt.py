@@ -36,10 +36,9 @@ def _explicit(block: Block, matrices: list[Tensor], logs: Tensor, skip: bool) ->
 
 
 def _reset_skip(block: Block) -> None:
-    """[V_A V_B] = [10 I, Q], V_l = 0.1 Q: the skip keeps almost all, and no unit has saturated."""
+    """[V_A V_B] = [10 I, Q], V_l = 0.1 Q, then I: the skip keeps almost all, and no unit has saturated."""
     *inner, outgoing, logs = (block.get_parameter(name) for name in block.raw_names)
-    for p in inner:
-        orthogonal_(p, 0.1 / SCALE)
+    block.start_layers(inner, 0.1 / SCALE, 1 / SCALE)
     skip = block.sizes[0]
     nn.init.zeros_(outgoing)
     orthogonal_(outgoing.data[:, skip:], 1 / SCALE)
@@ -56,8 +55,9 @@ class LDLTSequential(DenseLMIBlock):
     For slopes in [0, 1], C_l = √2 Λ_l^(−½) T_l⁻¹V_l F_{l−1}⁻¹ and B = T_{n+1}⁻¹V_{n+1}F_n⁻¹, T_l T_lᵀ = V_l V_lᵀ + I,
     F_0 = I/𝓛, F_l = Λ_l^(−½) T_lᵀ/√2; other slopes in `liplayers.linalg.lmi.ldlt_weights`. Every network that strictly
     satisfies the LMI is reached. Contraction with constant 𝓛 (1-Lipschitz for 𝓛 = 1). Signal gain at initialisation is
-    0.7 for one layer of ReLU, and halves every two layers; with MaxMin 0.99 for each. Cost: for each layer a Cholesky
-    factorisation and two solves in float64 (two and three where the slopes are not in [0, β]).
+    0.7 for each of the first four layers of ReLU, and 1 for further ones, which start as identities, but 0.7 where
+    their size changes; with MaxMin 0.99 for each. Cost: for each layer a Cholesky factorisation and two solves in
+    float64 (two and three where the slopes are not in [0, β]).
 
     Args:
         features: size of the input.
@@ -88,12 +88,11 @@ class LDLTSequential(DenseLMIBlock):
         return _shapes(self, False)
 
     def reset_parameters(self) -> None:
-        """Orthogonal V_l, of the size that makes the inner weights as large as they can be; no bias."""
+        """Orthogonal V_l (identities after four layers), which make the inner weights the largest possible; no bias."""
         *inner, outgoing, logs = (self.get_parameter(name) for name in self.raw_names)
         low, high = self.sector
         balanced = (abs(high + low) / (high - low)) ** -0.5 if high + low else SCALE
-        for p in inner:
-            orthogonal_(p, min(balanced, SCALE) / SCALE)
+        self.start_layers(inner, min(balanced, SCALE) / SCALE, 1 / SCALE)
         orthogonal_(outgoing, 1.0)
         nn.init.zeros_(logs)
         self.reset_biases()

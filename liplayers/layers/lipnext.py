@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liplayers.errors import ArgumentError, ShapeError
+from liplayers.errors import ArgumentError, ShapeError, UnknownBoundError
 from liplayers.layers.activations import BetaAbs
 from liplayers.layers.base import LipschitzModule, check_positive, fill_orthogonal_
 from liplayers.layers.conv import Size2d, pair
+from liplayers.layers.intact import require_intact
 from liplayers.layers.manifold import ManifoldModule
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.stiefel import near_isometry_bound
@@ -108,7 +109,8 @@ class LipNeXtBlock(ManifoldModule):
     torch.Size([2, 8, 7, 5])
     """
 
-    raw_names = ("rotation", "mixing")
+    rotation: nn.Parameter
+    mixing: nn.Parameter
     manifold_names = ("rotation", "mixing")
 
     def __init__(
@@ -132,14 +134,17 @@ class LipNeXtBlock(ManifoldModule):
         self.shift = SpatialShift2d(shift_ratio)
         self.activation = BetaAbs(beta, dim=-3)
 
+        self._make_raw(device, dtype)
+
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        self.rotation = empty(channels, channels)
-        self.mixing = empty(channels, channels)
         self.position = None if self.image_size is None else empty(channels, *self.image_size)
         self.bias = empty(channels) if bias else None
         self.reset_parameters()
+
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"rotation": (self.channels, self.channels), "mixing": (self.channels, self.channels)}
 
     def reset_parameters(self) -> None:
         """R and M orthogonal, no position embedding, no bias."""
@@ -170,7 +175,13 @@ class LipNeXtBlock(ManifoldModule):
         y = F.conv2d(y, mixed[:, :, None, None], self.bias)
         return self.activation(y)
 
+    def check_parts(self) -> None:
+        if (type(self.shift), type(self.activation)) != (SpatialShift2d, BetaAbs):
+            raise UnknownBoundError("its shift or activation was replaced: build a new block")
+        require_intact(self)
+
     def lipschitz_bound(self) -> float:
+        self.check_parts()
         dtype = self.executed_dtype()
         with torch.no_grad():
             mixed, rotation = (near_isometry_bound(W.to(dtype)) for W in self.effective())

@@ -25,6 +25,7 @@ from liplayers.linalg.lmi import ExplicitWeights, Sector, margin, proven_lipschi
 
 Sizes = int | Sequence[int]
 LARGEST_EXPONENT = 15.0  # multipliers up to e^±15: beyond it float32 holds one end of a ratio of weights only
+ROTATED = 4  # hidden layers that start as random rotations, which halve what a ReLU passes on; further ones keep it
 SMALLEST, LARGEST = 1e-20, 1e20  # of 𝓛: beyond them weights of float32 underflow or overflow
 
 
@@ -85,6 +86,18 @@ class _LMIModule(ParametrizedModule):
         self.hidden_bias = nn.Parameter(torch.empty(sum(self.sizes[1:]), device=device, dtype=dtype)) if bias else None
         self.bias = nn.Parameter(torch.empty(self.outputs, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
+
+    def start_layers(self, matrices: Sequence[Tensor], gain: float, kept: float) -> None:
+        """Orthogonal matrices for the hidden layers, of singular values `gain`.
+
+        Those after the first `ROTATED` are `kept` times the identity, which has to stand for C_l = I, where they are
+        square and the slopes in [0, β]: what has passed one ReLU passes the others unchanged, where rotations would
+        leave 2^(−n/2) of it after n layers.
+        """
+        for i, matrix in enumerate(matrices):
+            orthogonal_(matrix, gain)
+            if i >= ROTATED and matrix.shape[0] == matrix.shape[1] and self.sector.low == 0:
+                identity_(matrix, kept)
 
     def reset_biases(self) -> None:
         """Zero."""
@@ -277,7 +290,7 @@ class Conv2dLMIBlock(_LMIModule):
         y = fourier_multiply(w, weights[n], grid, size)
         if len(weights) > n + 1:
             y = y + fourier_multiply(x, weights[n + 1], grid, size)
-        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+        return y if self.bias is None else y + self.bias.to(y.dtype).view(self.outputs, 1, 1)
 
     def lipschitz_bound(self) -> float:
         """`lipschitz`: the margin keeps the inequality for the weights as rounded, at every size."""
@@ -317,3 +330,11 @@ def orthogonal_(raw: Tensor, gain: float) -> None:
     """A matrix, or one tap of a kernel, with singular values `gain`."""
     orthogonal_taps_(raw, (1, 1)) if raw.dim() == 4 else fill_orthogonal_(raw)
     raw.data.mul_(gain)
+
+
+def identity_(raw: Tensor, gain: float) -> None:
+    """`gain` times the identity as a square matrix, or as the centre tap of a kernel."""
+    tap = raw.data.zero_()
+    for k in raw.shape[:1:-1]:
+        tap = tap[..., (k - 1) // 2]
+    tap.diagonal().fill_(gain)

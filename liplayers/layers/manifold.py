@@ -71,6 +71,11 @@ class ManifoldModule(ParametrizedModule):
             if parameter is not None and type(parameter) is nn.Parameter:
                 parameter.__class__ = OrthogonalParameter
 
+    def raw_values(self) -> tuple[Tensor, ...]:
+        """The parameters as they are: they run."""
+        raw = (getattr(self, name) for name in self.raw_names)
+        return tuple(p.to(torch.promote_types(p.dtype, torch.float32)) for p in raw)
+
     def retract_(self) -> None:
         """Put the weights back on the manifold; `ManifoldAdamW` and `ManifoldMuon` do so by themselves."""
         for name in self.manifold_names:

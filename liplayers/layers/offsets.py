@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError, ShapeError
-from liplayers.layers.base import LipschitzModule, check_positive
+from liplayers.layers.base import LipschitzModule, check_dtype, check_positive, check_shape
 
 __all__ = ["Centring", "PositionEmbedding"]
 
@@ -48,6 +48,7 @@ class PositionEmbedding(LipschitzModule):
         if not isinstance(shape, Sequence) or isinstance(shape, str) or not shape:
             raise ArgumentError(f"PositionEmbedding: shape={shape!r}; expected the sizes of one input, as (C, H, W)")
         check_positive(self, **{f"shape[{i}]": size for i, size in enumerate(shape)})
+        check_dtype(self, dtype)
         self.shape = tuple(shape)
         self.position = nn.Parameter(torch.empty(self.shape, device=device, dtype=dtype))
         self.reset_parameters()
@@ -60,6 +61,7 @@ class PositionEmbedding(LipschitzModule):
         if tuple(x.shape[1:]) != self.shape:
             expected = ", ".join(map(str, self.shape))
             raise ShapeError(f"PositionEmbedding: got an input of shape {tuple(x.shape)}; expected (N, {expected})")
+        check_shape(self, "position", self.position, self.shape)
         return x + self.position.to(x.dtype)
 
     def lipschitz_bound(self) -> float:
@@ -91,7 +93,7 @@ class Centring(LipschitzModule):
 
     Raises:
         ArgumentError: channels below 1, momentum outside [0, 1].
-        ShapeError: an input with another number of channels; in training, an empty one.
+        ShapeError: an input with another number of channels.
 
     Source: centring in BRONet, Lai et al. 2025, arXiv 2505.15174; the running mean as in Ioffe & Szegedy 2015,
     arXiv 1502.03167.
@@ -114,6 +116,7 @@ class Centring(LipschitzModule):
         check_positive(self, channels=channels)
         if not isinstance(momentum, (int, float)) or not 0 <= momentum <= 1:
             raise ArgumentError(f"Centring: momentum={momentum!r}; expected a number in [0, 1]")
+        check_dtype(self, dtype)
         self.channels = channels
         self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(channels, device=device, dtype=dtype))
@@ -123,10 +126,11 @@ class Centring(LipschitzModule):
         nn.init.zeros_(self.running_mean)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() < 2 or x.shape[1] != self.channels or (self.training and not x.numel()):
+        if x.dim() < 2 or x.shape[1] != self.channels:
             raise ShapeError(f"Centring: got an input of shape {tuple(x.shape)}; expected (N, {self.channels}, …)")
+        check_shape(self, "running_mean", self.running_mean, (self.channels,))
         # not detached: the gradient is that of the projection that ran, without a part along the mean, which it removes
-        mean = self._batch_mean(x) if self.training else self.running_mean
+        mean = self._batch_mean(x) if self.training and x.numel() else self.running_mean
         return (x - mean.view(-1, *[1] * (x.dim() - 2))).to(x.dtype)
 
     def _batch_mean(self, x: Tensor) -> Tensor:

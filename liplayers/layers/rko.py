@@ -58,8 +58,7 @@ class RKOConv2d(KernelConv2d):
         if factor == 1:
             return kernel
         bound = symbol_norm_bound(polyphase(kernel, self.stride, self.dilation))
-        tiny = torch.finfo(kernel.dtype).tiny
-        return kernel / rearrange(bound.clamp(tiny, factor), "g -> g 1 1 1 1")
+        return kernel / rearrange(torch.where(bound > 0, bound.clamp_max(factor), 1), "g -> g 1 1 1 1")
 
 
 class RKOConvTranspose2d(LipschitzConvTranspose2d):

@@ -108,6 +108,8 @@ def transfer_matrix(kernel: Tensor, size: Grid) -> Tensor:
 
 def _spectrum(x: Tensor, grid: Grid) -> Tensor:
     """Half spectrum of real images at the origin of a grid of zeros: (B, C, h, w) → (H, W//2 + 1, C, B)."""
+    if not len(x):  # MKL refuses to transform no image
+        return torch.view_as_complex(x.new_zeros(grid[0], grid[1] // 2 + 1, x.shape[1], 0, 2))
     step = CHUNK if x.device.type == "cpu" else max(1, len(x))
     chunks = [torch.fft.rfft2(part, s=grid).permute(2, 3, 1, 0) for part in x.split(step)]
     return torch.cat(chunks, -1).contiguous()
@@ -115,6 +117,8 @@ def _spectrum(x: Tensor, grid: Grid) -> Tensor:
 
 def _from_spectrum(X: Tensor, grid: Grid, size: Grid) -> Tensor:
     """The first h × w pixels of the images with the half spectrum X: (H, W//2 + 1, C, B) → (B, C, h, w)."""
+    if not X.shape[-1]:
+        return X.real.new_zeros(0, X.shape[2], *size)
     step = CHUNK if X.device.type == "cpu" else max(1, X.shape[-1])
     chunks = [torch.fft.irfft2(part.permute(3, 2, 0, 1), s=grid) for part in X.split(step, -1)]
     return torch.cat([image[..., : size[0], : size[1]] for image in chunks])

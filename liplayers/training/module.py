@@ -158,5 +158,10 @@ class CertifiedClassifier(L.LightningModule):
         scheduler = self.schedule_factory(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_load_checkpoint(self, content: dict[str, Any]) -> None:
+        if all(p.dim() for p in self.model.parameters()):
+            for optimizer in content.get("optimizer_states", ()):
+                checkpoint.widen_scalars(optimizer.get("inner", optimizer).get("state", {}))
+
     def on_save_checkpoint(self, content: dict[str, Any]) -> None:
         content[checkpoint.KEY] = checkpoint.describe(self.config, self.input_shape, self.class_names)
