@@ -214,20 +214,23 @@ def encoded(kind: str, mode: str = "RGB") -> bytes:
     return stream.getvalue()
 
 
-POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n"
+FOREIGN = {
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n",
+    "gif": encoded("GIF", "L"),
+    "ico": encoded("ICO"),
+    "pcx": encoded("PCX", "L"),
+    "empty": b"",
+    "zeros": bytes(99),
+}
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif", "bmp", "webp", "ppm"])
-@pytest.mark.parametrize(
-    "content", [POSTSCRIPT, encoded("GIF", "L"), encoded("ICO"), encoded("PCX", "L"), b"", b"\0" * 99]
-)
-def test_only_formats_of_the_known_endings_are_opened(
-    tmp_path: Path, content: bytes, ending: str, monkeypatch: Any
-) -> None:
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_only_formats_of_the_known_endings_are_opened(tmp_path: Path, kind: str, ending: str, monkeypatch: Any) -> None:
     for name in ("EPS", "GIF", "ICO", "PCX"):  # Pillow knows them, but none of their code may run
         monkeypatch.setitem(Image.OPEN, name, (partial(pytest.fail, name), None))
     path = images(tmp_path) / "train" / "cat" / f"x.{ending}"
-    path.write_bytes(content)
+    path.write_bytes(FOREIGN[kind])
     fails(DataError, folder(tmp_path).setup, path, "none of BMP, JPEG, PNG, PPM, TIFF, WEBP")
 
 
@@ -262,6 +265,7 @@ def test_more_than_eight_bits_are_never_cut(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "content",
     [png(8, 2, 3), png(8, 0, 1), png(8, 6, 4), tiff(8, 3), tiff(8, 1), b"P6 4 4 15\n" + bytes(48), encoded("BMP", "P")],
+    ids=["rgb.png", "grey.png", "rgba.png", "rgb.tif", "grey.tif", "four.ppm", "palette.bmp"],
 )
 def test_up_to_eight_bits_are_read(tmp_path: Path, content: bytes) -> None:
     (images(tmp_path) / "test" / "dog" / "x.png").write_bytes(content)
