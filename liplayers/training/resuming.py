@@ -61,11 +61,10 @@ def _check_kind(state: Any, like: Any, name: str) -> None:
     elif isinstance(like, bool):
         if not isinstance(state, bool):
             raise TypeError(f"{name} is {state!r:.40}, expected true or false")
-    elif isinstance(like, int):
-        if isinstance(state, bool) or not isinstance(state, int) or not 0 <= state <= MOST_STEPS:
+    elif isinstance(like, (int, float)):
+        kinds = int if name.startswith("loops.") else (int, float)  # a time may begin as 0
+        if isinstance(state, bool) or not isinstance(state, kinds) or not 0 <= state <= MOST_STEPS:
             raise TypeError(f"{name} is {state!r:.40}, expected a count")
-    elif isinstance(like, float) and (isinstance(state, bool) or not isinstance(state, (int, float))):
-        raise TypeError(f"{name} is {state!r:.40}, expected a number")
 
 
 def _rehearse_step(content: dict[str, Any], module: CertifiedClassifier) -> None:
@@ -82,6 +81,8 @@ def _rehearse_step(content: dict[str, Any], module: CertifiedClassifier) -> None
         p.grad = torch.randn(p.shape, generator=generator).to(p)
     optimizer.step()
     schedule.step()
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError("a step of the optimizer leads to NaN or infinity")
 
 
 def _check_average(content: dict[str, Any], module: nn.Module) -> None:
