@@ -337,6 +337,23 @@ def test_a_run_that_is_validated_rarely_goes_on_to_the_bits_of_the_whole_one(tmp
     assert all(torch.equal(a.state_dict[key], b.state_dict[key]) for key in a.state_dict)
 
 
+@pytest.mark.parametrize("output", ["moved", "other"])
+def test_a_run_that_was_moved_keeps_its_best_checkpoint(output, averaged, tmp_path):
+    folder = tmp_path / "moved/checkpoints"
+    folder.mkdir(parents=True)
+    content = copy.deepcopy(averaged)
+    content["liplayers"]["config"]["trainer"]["max_epochs"] = 2
+    state = content["callbacks"][BEST[1]]
+    state["best_model_score"] = torch.tensor(1.0)
+    state["best_k_models"] = dict.fromkeys(state["best_k_models"], torch.tensor(1.0))
+    torch.save(content, folder / "last.ckpt")
+    (folder / "best.ckpt").write_text("the best")
+    metrics = cli.train(compose("train", f"resume={folder}/last.ckpt", f"output={tmp_path}/{output}"))
+    assert (folder / "best.ckpt").read_text() == "the best"
+    assert (metrics["best"] == 1) == (output == "moved")
+    assert (tmp_path / output / "checkpoints/best.ckpt").exists()
+
+
 def test_what_keeps_training_from_beginning_is_one_line(tmp_path):
     for setting in ("+trainer.val_check_interval=400", "+trainer.enable_checkpointing=false"):
         with pytest.raises(ConfigError, match=r"(?i)trainer"):
