@@ -229,22 +229,14 @@ def test_ctrl_c_again_ends_at_once_and_keeps_what_was_saved(tmp_path, monkeypatc
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_sigterm_ends_a_sweep_with_143(tmp_path):
-    code = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-from liplayers import cli
-from liplayers.training import CertifiedClassifier
-
-CertifiedClassifier.on_train_batch_start = lambda self, *_: os.kill(os.getpid(), signal.SIGTERM)
-cli.train_command()
-"""
-    arguments = ["-m", "seed=0,1", f"output={tmp_path}/sweep", *SMALL]
-    result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 143
-    assert "Traceback" not in result.stderr
-    assert [path.parent.parent.name for path in tmp_path.rglob("interrupted.ckpt")] == ["0"]
-    assert not (tmp_path / "sweep/1").exists()
+def test_sigterm_ends_a_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(CertifiedClassifier, *raising(signal.SIGTERM, "on_train_batch_start", 1))
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=0,1", f"output={tmp_path}", *SMALL])
+    with pytest.raises(SystemExit) as stopped:
+        cli.train_command()
+    assert stopped.value.code == 143
+    assert [path.parent.parent.name for path in tmp_path.rglob("*.ckpt")] == ["0"]
+    assert not (tmp_path / "1").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- a full disk

@@ -52,6 +52,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     Raises:
         LipschitzError: a subclass for each cause, with a message of one line.
+        Stopped: by Ctrl-C or SIGTERM; checkpoints/interrupted.ckpt is written.
     """
     output = Path(text("output", cfg.output, "one folder"))
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
