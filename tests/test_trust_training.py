@@ -375,6 +375,16 @@ def test_a_resumed_run_goes_on_in_its_own_folder(name, last, tmp_path, monkeypat
         assert (cfg.resume, cfg.output, cfg.model.width) == (str(path), str(tmp_path / name), 8)
 
 
+def test_a_run_in_a_folder_of_an_odd_name_resumes_and_certifies(tmp_path):
+    """Its name is kept in the checkpoint, where it looks like an interpolation."""
+    train(tmp_path / "\\${x}", "trainer.max_epochs=1")
+    last = tmp_path / "${x}/checkpoints/last.ckpt"
+    config, _ = training_config([f"resume={quoted(str(last))}"])
+    assert compose(config).output == str(tmp_path / "${x}")
+    (figures,) = cli.certify(compose("certify", f"ckpt={quoted(str(last))}")).values()
+    assert figures["samples"] == 359
+
+
 @pytest.mark.parametrize(
     "argument", ["resume=a\\=b.ckpt", "resume='it\\'s.ckpt'", "++resume=gone.ckpt", "+resume=gone.ckpt"]
 )
