@@ -139,12 +139,10 @@ def test_interrupted_run_goes_on_to_the_bits_of_the_whole_one(
         if self.trainer.fit_loop.total_batch_idx == batch:
             signal.raise_signal(signal.SIGINT)
 
-    handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(CertifiedClassifier, "on_train_batch_start", interrupt)
         with pytest.raises(SystemExit):
             train(f"output={tmp_path}/part", *RUN, "save_every_steps=null", *arguments)
-    signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
     last = train(f"resume={tmp_path}/part/checkpoints/interrupted.ckpt", f"output={tmp_path}/part")
     assert_identical(state(last), state(whole))
 

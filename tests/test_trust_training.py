@@ -229,22 +229,14 @@ def test_ctrl_c_again_ends_at_once_and_keeps_what_was_saved(tmp_path, monkeypatc
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_sigterm_ends_a_sweep_with_143(tmp_path):
-    code = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-from liplayers import cli
-from liplayers.training import CertifiedClassifier
-
-CertifiedClassifier.on_train_batch_start = lambda self, *_: os.kill(os.getpid(), signal.SIGTERM)
-cli.train_command()
-"""
-    arguments = ["-m", "seed=0,1", f"output={tmp_path}/sweep", *SMALL]
-    result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 143
-    assert "Traceback" not in result.stderr
-    assert [path.parent.parent.name for path in tmp_path.rglob("interrupted.ckpt")] == ["0"]
-    assert not (tmp_path / "sweep/1").exists()
+def test_sigterm_ends_a_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(CertifiedClassifier, *raising(signal.SIGTERM, "on_train_batch_start", 1))
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=0,1", f"output={tmp_path}", *SMALL])
+    with pytest.raises(SystemExit) as stopped:
+        cli.train_command()
+    assert stopped.value.code == 143
+    assert [path.parent.parent.name for path in tmp_path.rglob("*.ckpt")] == ["0"]
+    assert not (tmp_path / "1").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- a full disk
@@ -337,6 +329,23 @@ def test_a_run_that_is_validated_rarely_goes_on_to_the_bits_of_the_whole_one(tmp
     assert all(torch.equal(a.state_dict[key], b.state_dict[key]) for key in a.state_dict)
 
 
+@pytest.mark.parametrize("output", ["moved", "other"])
+def test_a_run_that_was_moved_keeps_its_best_checkpoint(output, averaged, tmp_path):
+    folder = tmp_path / "moved/checkpoints"
+    folder.mkdir(parents=True)
+    content = copy.deepcopy(averaged)
+    content["liplayers"]["config"]["trainer"]["max_epochs"] = 2
+    state = content["callbacks"][BEST[1]]
+    state["best_model_score"] = torch.tensor(1.0)
+    state["best_k_models"] = dict.fromkeys(state["best_k_models"], torch.tensor(1.0))
+    torch.save(content, folder / "last.ckpt")
+    (folder / "best.ckpt").write_text("the best")
+    metrics = cli.train(compose("train", f"resume={folder}/last.ckpt", f"output={tmp_path}/{output}"))
+    assert (folder / "best.ckpt").read_text() == "the best"
+    assert (metrics["best"] == 1) == (output == "moved")
+    assert (tmp_path / output / "checkpoints/best.ckpt").exists()
+
+
 def test_what_keeps_training_from_beginning_is_one_line(tmp_path):
     for setting in ("+trainer.val_check_interval=400", "+trainer.enable_checkpointing=false"):
         with pytest.raises(ConfigError, match=r"(?i)trainer"):
@@ -364,6 +373,16 @@ def test_a_resumed_run_goes_on_in_its_own_folder(name, last, tmp_path, monkeypat
         config, added = training_config([argument])
         cfg = compose(config, argument, *added)
         assert (cfg.resume, cfg.output, cfg.model.width) == (str(path), str(tmp_path / name), 8)
+
+
+def test_a_run_in_a_folder_of_an_odd_name_resumes_and_certifies(tmp_path):
+    """Its name is kept in the checkpoint, where it looks like an interpolation."""
+    train(tmp_path / "\\${x}", "trainer.max_epochs=1")
+    last = tmp_path / "${x}/checkpoints/last.ckpt"
+    config, _ = training_config([f"resume={quoted(str(last))}"])
+    assert compose(config).output == str(tmp_path / "${x}")
+    (figures,) = cli.certify(compose("certify", f"ckpt={quoted(str(last))}")).values()
+    assert figures["samples"] == 359
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from liplayers.checkpoint import Checkpoint, load_checkpoint, run_folder
-from liplayers.cli.configuration import DEEPEST, check_config, text, unasked
+from liplayers.cli.configuration import DEEPEST, check_config, literal, text, unasked
 from liplayers.commands.help import config_folder
 from liplayers.errors import ConfigError
 
@@ -99,7 +99,7 @@ def _store_resumed(resume: str, allow: Any) -> None:
         default = OmegaConf.to_container(hydra.compose("train"), resolve=False)
     node = _newer(checkpoint, default) | {key: own[key] for key in NOT_RESUMED}
     # a resumed run goes on in its own folder
-    node |= {"defaults": [*_of_hydra(own["defaults"]), "_self_"], "output": _literal(str(run_folder(resume)))}
+    node |= {"defaults": [*_of_hydra(own["defaults"]), "_self_"], "output": literal(str(run_folder(resume)))}
     ConfigStore.instance().store(name=RESUMED, node=node)
 
 
@@ -117,11 +117,6 @@ def _own(config_name: str) -> Any:
 def _of_hydra(defaults: Sequence[Any]) -> list[Any]:
     """Those entries of a defaults list that choose how hydra itself runs."""
     return [entry for entry in defaults if isinstance(entry, dict) and any("hydra/" in key for key in entry)]
-
-
-def _literal(value: str) -> str:
-    """Text that omegaconf takes for itself."""
-    return value.replace("${", "\\${")
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:

@@ -73,6 +73,11 @@ def text(name: str, value: Any, expected: str = "text") -> str:
     return value
 
 
+def literal(value: str) -> str:
+    """Text that omegaconf takes for itself."""
+    return value.replace("${", "\\${")
+
+
 def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ConfigError(f"{name}={value!r}: expected true or false")
@@ -102,6 +107,8 @@ def check_config(checkpoint: Checkpoint, node: Any, allow: Any) -> None:
     packages = [allow] if isinstance(allow, str) else allow
     if not isinstance(packages, (list, tuple, ListConfig)) or not all(isinstance(name, str) for name in packages):
         raise ConfigError(f"allow={allow}: expected names of packages, such as [mypackage]")
+    if isinstance(node, dict):  # names of files that are of no use here, and may be anything
+        node = {key: value for key, value in node.items() if key not in ("output", "resume")}
     _check_node(checkpoint, node, list(packages), DEEPEST)
 
 

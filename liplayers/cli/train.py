@@ -30,10 +30,10 @@ from liplayers.errors import CheckpointError, ConfigError, LipschitzError, Outpu
 from liplayers.files import held, whole_file
 from liplayers.training import (
     CertifiedClassifier,
+    MovedRun,
     ProgressBar,
     SaveWhenInterrupted,
     SaveWithinEpoch,
-    Stopped,
     Throughput,
     ValidateAtEnd,
     WeightEMA,
@@ -50,6 +50,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     Raises:
         LipschitzError: a subclass for each cause, with a message of one line.
+        Stopped: by Ctrl-C or SIGTERM; checkpoints/interrupted.ckpt is written.
     """
     output = Path(text("output", cfg.output, "one folder"))
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
@@ -81,18 +82,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
     )
     stage = "val" if _validates(cfg.trainer, data) else "train"  # without validation the training samples select
     monitor = f"{stage}/{certified_name(select)}"
-    best = ModelCheckpoint(
-        output / "checkpoints",
-        "best",
-        monitor=monitor,
-        mode="max",
-        save_on_train_epoch_end=None if stage == "val" else True,
-        enable_version_counter=False,
-    )
-    interrupted = output / "checkpoints" / "interrupted.ckpt"
+    checkpoints = output / "checkpoints"
+    best, validation = _best(checkpoints, monitor), ValidateAtEnd()
+    interrupted = checkpoints / "interrupted.ckpt"
     interruption = SaveWhenInterrupted(interrupted, command("train", hydra_override("resume", interrupted)))
     shown = {f"{stage}/accuracy": "clean", monitor: f"ε={select:.3g}"}
-    validation = ValidateAtEnd()
     trainer = _trainer(cfg, output, [best, validation, interruption], shown)
     if cfg.resume is not None:
         check_training_state(Path(cfg.resume), module, trainer)
@@ -101,21 +95,33 @@ def train(cfg: DictConfig) -> dict[str, float]:
         _begin(cfg, output, module, data.name, monitor)
         with _starting(cfg, interruption):
             trainer.fit(module, datamodule=data, ckpt_path=cfg.resume, weights_only=True)
-    if interruption.asked:
-        raise Stopped(128 + interruption.asked)  # after the last step: nothing to save, nor to be called done
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        _say("trainer.fast_dev_run: nothing is logged and no checkpoint is written")
+    interruption.raise_if_asked(trainer)
     if stage == "val" and validation.step < trainer.global_step != begun_at:
         _say(f"steps after {validation.step} of {trainer.global_step} were not validated; best.ckpt is of those before")
     if trainer.global_step == begun_at:
         limits = ", ".join(f"trainer.{key}={cfg.trainer.get(key)}" for key in ("max_epochs", "max_steps", "max_time"))
         _say(f"nothing was left to train: {cfg.resume} is at step {begun_at}; to go on raise one of {limits}")
+    return _concluded(output, trainer, best)
+
+
+def _concluded(output: Path, trainer: L.Trainer, best: ModelCheckpoint) -> dict[str, float]:
+    """The metrics at the end; says what there is to certify."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        _say("trainer.fast_dev_run: nothing is logged and no checkpoint is written")
     if best.best_model_score is not None:
         metrics["best"] = float(best.best_model_score)
-        _say(f"best {monitor}: {metrics['best']:.4f}")
+        _say(f"best {best.monitor}: {metrics['best']:.4f}")
         _say(f"certify it: {command('certify', hydra_override('ckpt', output / 'checkpoints' / 'best.ckpt'))}")
     return metrics
+
+
+def _best(folder: Path, monitor: str) -> ModelCheckpoint:
+    """Keeps best.ckpt: at validations, or at the end of each epoch where there are none."""
+    at_end = None if monitor.startswith("val/") else True
+    return ModelCheckpoint(
+        folder, "best", monitor=monitor, mode="max", save_on_train_epoch_end=at_end, enable_version_counter=False
+    )
 
 
 def _validates(trainer: DictConfig, data: DataModule) -> bool:
@@ -207,7 +213,7 @@ def _trainer(cfg: DictConfig, output: Path, callbacks: list[Callback], shown: di
     checkpoints = output / "checkpoints"
     # of every epoch, better or not, validated or not
     last = ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-    callbacks = [*callbacks, last, Throughput()]  # the best before the last, which holds what the best is
+    callbacks = [*callbacks, last, Throughput(), MovedRun()]  # the best before the last, which holds what the best is
     if cfg.ema_decay is not None:
         callbacks.insert(0, WeightEMA(cfg.ema_decay))  # first, to put the weights back where training is interrupted
     if cfg.save_every_steps is not None:
@@ -220,14 +226,17 @@ def _trainer(cfg: DictConfig, output: Path, callbacks: list[Callback], shown: di
         CSVLogger(output, name="csv", flush_logs_every_n_steps=1),
         TensorBoardLogger(output, name="tensorboard"),
     ]
-    return build(
-        cfg.trainer,
-        default_root_dir=str(output),
-        callbacks=callbacks,
-        logger=loggers,
-        plugins=[WholeFileCheckpointIO()],
-        enable_model_summary=False,
-    )
+    make = build(cfg.trainer, _partial_=True)  # omegaconf would read more than a name into that of the folder
+    try:
+        return make(
+            default_root_dir=str(output),
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[WholeFileCheckpointIO()],
+            enable_model_summary=False,
+        )
+    except Exception as error:  # Lightning raises anything
+        raise ConfigError(f"{cfg.trainer._target_}: {one_line(error)}") from error
 
 
 def _training_radii(cfg: DictConfig) -> tuple[float, list[float]]:

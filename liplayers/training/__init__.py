@@ -11,6 +11,7 @@ from liplayers.training.lookahead import Lookahead as Lookahead
 from liplayers.training.manifold import ManifoldAdamW as ManifoldAdamW
 from liplayers.training.manifold import ManifoldMuon as ManifoldMuon
 from liplayers.training.module import CertifiedClassifier as CertifiedClassifier
+from liplayers.training.resuming import MovedRun as MovedRun
 from liplayers.training.resuming import check_training_state as check_training_state
 from liplayers.training.saving import SaveWithinEpoch as SaveWithinEpoch
 from liplayers.training.saving import WholeFileCheckpointIO as WholeFileCheckpointIO

@@ -90,8 +90,14 @@ class SaveWhenInterrupted(L.Callback):
     ) -> None:
         at_a_step = batch_idx % trainer.accumulate_grad_batches == 0  # a sum of gradients is not kept
         if at_a_step and trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False):
+            self.asked = self.asked or signal.SIGTERM
+            self.raise_if_asked(trainer)
+
+    def raise_if_asked(self, trainer: L.Trainer) -> None:
+        """Raise `Stopped` if a signal came; called after training, one that came after the last step counts, too."""
+        if self.asked:
             # Lightning kills the first process, which may still be writing, when another ends with an error
-            raise Stopped(128 + (self.asked or signal.SIGTERM) if trainer.is_global_zero else 0)
+            raise Stopped(128 + self.asked if trainer.is_global_zero else 0)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._at_once or not self.begun or (trainer.world_size > 1 and not isinstance(exception, Stopped)):

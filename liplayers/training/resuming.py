@@ -17,6 +17,28 @@ from liplayers.errors import CheckpointError
 from liplayers.training.module import CertifiedClassifier
 
 
+class MovedRun(L.Callback):
+    """Lets a run whose folder was moved or renamed know its best checkpoint, which Lightning keeps by absolute path.
+
+    A run that goes on in another folder than the checkpoint's begins with no best one there.
+    """
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        here = Path(trainer.ckpt_path).parent.resolve()  # type: ignore[arg-type]
+        if here != Path(trainer.checkpoint_callback.dirpath):  # type: ignore[union-attr]
+            return
+        for state in checkpoint["callbacks"].values():
+            if "best_k_models" in state:
+                state["dirpath"] = str(here)
+                state["best_k_models"] = {_moved(path, here): score for path, score in state["best_k_models"].items()}
+                for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                    state[key] = _moved(state[key], here)
+
+
+def _moved(path: str, folder: Path) -> str:
+    return str(folder / Path(path).name) if path else path
+
+
 def check_training_state(path: Path, module: CertifiedClassifier, trainer: L.Trainer) -> None:
     """Rehearse what Lightning will restore, on copies: a file that was damaged or made up may hold anything.
 
@@ -61,11 +83,10 @@ def _check_kind(state: Any, like: Any, name: str) -> None:
     elif isinstance(like, bool):
         if not isinstance(state, bool):
             raise TypeError(f"{name} is {state!r:.40}, expected true or false")
-    elif isinstance(like, int):
-        if isinstance(state, bool) or not isinstance(state, int) or not 0 <= state <= MOST_STEPS:
+    elif isinstance(like, (int, float)):
+        kinds = int if name.startswith("loops.") else (int, float)  # a time may begin as 0
+        if isinstance(state, bool) or not isinstance(state, kinds) or not 0 <= state <= MOST_STEPS:
             raise TypeError(f"{name} is {state!r:.40}, expected a count")
-    elif isinstance(like, float) and (isinstance(state, bool) or not isinstance(state, (int, float))):
-        raise TypeError(f"{name} is {state!r:.40}, expected a number")
 
 
 def _rehearse_step(content: dict[str, Any], module: CertifiedClassifier) -> None:
@@ -82,6 +103,8 @@ def _rehearse_step(content: dict[str, Any], module: CertifiedClassifier) -> None
         p.grad = torch.randn(p.shape, generator=generator).to(p)
     optimizer.step()
     schedule.step()
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError("a step of the optimizer leads to NaN or infinity")
 
 
 def _check_average(content: dict[str, Any], module: nn.Module) -> None:
@@ -104,7 +127,8 @@ def _check_callbacks(states: dict[str, Any], trainer: L.Trainer) -> None:
         _check_kind(state, callback.state_dict(), f"callbacks.{callback.state_key}")
         if isinstance(callback, ModelCheckpoint):
             scores = [state["kth_value"], *state["best_k_models"].values()]
-            paths = [state["best_model_path"], state["kth_best_model_path"], *state["best_k_models"]]
+            paths = [state[key] for key in ("best_model_path", "kth_best_model_path", "last_model_path")]
+            paths += state["best_k_models"]
             if state["best_model_score"] is not None:
                 scores.append(state["best_model_score"])
             if not all(map(_is_scalar, scores)) or not all(isinstance(path, str) for path in paths):
