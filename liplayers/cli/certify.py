@@ -36,6 +36,8 @@ def certify(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"ckpt={cfg.ckpt}: expected a checkpoint or a list of them")
     checkpoints = dict(zip(_names(paths), map(load_checkpoint, paths), strict=True))
     eps = radii("eps", cfg.eps if cfg.eps is not None else next(iter(checkpoints.values())).config.get("eps", []))
+    if not eps:  # a report is about radii, and verify takes one without any for damaged
+        raise ConfigError("eps=[]: expected at least one radius, such as eps=[0.5,36/255]")
     output = Path(cfg.output) if cfg.output is not None else _default_output(list(checkpoints.values()), cfg.data.split)
     if cfg.audit:
         integer("audit_samples", cfg.audit_samples, least=1)
