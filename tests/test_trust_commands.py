@@ -270,11 +270,11 @@ def test_the_printed_command_certifies_and_verifies(trained, tmp_path, monkeypat
     (line,) = [line for line in printed.splitlines() if line.startswith("certify it: ")]
     word = line.removeprefix("certify it: python certify.py ")
     output = tmp_path / "[b]x=1,2"
-    eps = "eps=[]"  # a report without radii, too
     with terminal("ascii") as written:
-        assert started(monkeypatch, "certify", shell(word), shell(hydra_override("output", output)), eps) == 0
-        verify = [shell(hydra_override("verify", output / "report.json")), "eps=[0.5]"]
-        assert started(monkeypatch, "certify", shell(word), *verify) == 0
+        assert started(monkeypatch, "certify", shell(word), shell(hydra_override("output", output))) == 0
+        assert (
+            started(monkeypatch, "certify", shell(word), shell(hydra_override("verify", output / "report.json"))) == 0
+        )
     lines = written.getvalue().decode("ascii").splitlines()
     assert str(output / "network.pt") in lines
     assert lines[-1].startswith("verified: ")
@@ -294,6 +294,17 @@ def test_names_of_checkpoints_may_hold_anything(trained, tmp_path, monkeypatch):
     assert str(tmp_path / "out" / SHOWN / "report.json").replace("ü", "\\xfc") in written.getvalue().decode("ascii")
     cfg.ckpt, cfg.verify = str(named), str(tmp_path / "out" / NASTY / "report.json")
     assert cli.certify(cfg) == {"verified": 359}
+
+
+def test_a_report_has_at_least_one_radius(trained, tmp_path, monkeypatch, capsys):
+    """Of the command line or, where training was told of none, of the checkpoint."""
+    content = torch.load(trained[0] / "checkpoints" / "best.ckpt", weights_only=True)
+    content["liplayers"]["config"]["eps"] = []
+    torch.save(content, tmp_path / "a.ckpt")
+    for eps in ("eps=[]", "eps=null"):
+        assert started(monkeypatch, "certify", f"ckpt={tmp_path / 'a.ckpt'}", f"output={tmp_path / 'out'}", eps) == 2
+        assert "expected at least one radius" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_hint_to_paste_holds_nothing_but_what_it_says(trained, tmp_path):

@@ -38,6 +38,8 @@ def certify(cfg: DictConfig) -> dict[str, Any]:
         text("ckpt", path, "a checkpoint or a list of them")
     checkpoints = dict(zip(_names(paths), map(load_checkpoint, paths), strict=True))
     eps = radii("eps", cfg.eps if cfg.eps is not None else next(iter(checkpoints.values())).config.get("eps", []))
+    if not eps:  # a report is about radii, and verify takes one without any for damaged
+        raise ConfigError("eps=[]: expected at least one radius, such as eps=[0.5,36/255]")
     output = _default_output(list(checkpoints.values()), cfg.data.split)
     if cfg.output is not None:
         output = Path(text("output", cfg.output, "one folder"))

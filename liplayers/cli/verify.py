@@ -72,9 +72,7 @@ def _read(path: Path) -> dict[str, Any]:
         if report["mode"] not in MODES or report["data"]["split"] not in SPLITS:
             raise TypeError("an unknown mode or split")
         entries = report["results"]["certified_accuracy"]
-        if not isinstance(entries, list) or not all(
-            isinstance(e["eps"], str) and e["eps"] == e["eps"].strip() for e in entries
-        ):
+        if not entries or not all(isinstance(e["eps"], str) and e["eps"] == e["eps"].strip() for e in entries):
             raise TypeError("radii that are none")
         return report
     except OSError as error:
