@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hydra
 import numpy as np
 import pandas as pd
 import pytest
@@ -31,9 +32,10 @@ from liplayers import AOLLinear
 from liplayers.certification import Certificates, CertifiedNetwork, certified_accuracy, certified_radius, certify
 from liplayers.checkpoint import KEY, load_checkpoint
 from liplayers.cli import proving
+from liplayers.cli.composing import training_config
 from liplayers.cli.configuration import build, unasked
 from liplayers.cli.front import read_run
-from liplayers.cli.train import _resumed
+from liplayers.commands.help import config_folder
 from liplayers.data import MNIST, DataModule, ImageFolderData, NpzData, Scaling, TableData, read_uci
 from liplayers.data import folder as folder_module
 from liplayers.errors import ArgumentError, CheckpointError, DataError, LipschitzError, ShapeError, UnknownNameError
@@ -672,9 +674,11 @@ def test_a_checkpoint_does_not_grow_by_decompression(tmp_path: Path) -> None:
 
 
 def resumed(path: Path, *overrides: str) -> Any:
-    """The config that `resume` takes from a checkpoint, with a default config of two settings."""
-    cfg: Any = OmegaConf.create({"resume": str(path), "output": str(path.parent), "allow": []})
-    return _resumed(cfg, overrides)
+    """The config that `resume` takes from a checkpoint."""
+    arguments = [f"resume='{path}'", *overrides]
+    name, added = training_config(arguments)
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return hydra.compose(name, [*arguments, *added])
 
 
 def test_a_checkpoint_makes_no_command_fetch_or_write(tmp_path: Path) -> None:
