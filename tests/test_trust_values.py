@@ -187,6 +187,16 @@ def counted_globally(self: nn.Module, x: Tensor) -> Tensor:
     return x if CALLS[0] < 100 else 5 * x
 
 
+def helped(x: Tensor) -> Tensor:
+    CALLS[0] += 1
+    return x if CALLS[0] < 100 else 5 * x
+
+
+def with_a_default(self: nn.Module, x: Tensor, calls: list[int] = [0]) -> Tensor:  # noqa: B006
+    calls[0] += 1
+    return x if calls[0] < 100 else 5 * x
+
+
 UNFAITHFUL: dict[str, nn.Module] = {
     "type of the input": foreign(lambda self, x: x * 5 if isinstance(x, Tensor) else x),
     "exact type": foreign(lambda self, x: x * 5 if type(x) is Tensor else x),
@@ -206,6 +216,11 @@ UNFAITHFUL: dict[str, nn.Module] = {
     "buffer": foreign(counting(lambda self: self.n.add_(1), lambda self: self.n.item()), n=torch.zeros(())),
     "closure": foreign(in_a_closure()),
     "global": foreign(counted_globally),
+    "in a function": foreign(lambda self, x: helped(x)),
+    "default": foreign(with_a_default),
+    "in a part": foreign(
+        lambda self, x: self.p(x), p=foreign(counting(lambda self: increased(self, "n"), lambda self: self.n)), n=0
+    ),
     "iterator": foreign(lambda self, x: x if next(NUMBERS) < 100 else 5 * x),
     "through forward": foreign(lambda self, x: self.m(x) if isinstance(x, Tensor) else x, m=lp.Scale(5.0)),
 }
