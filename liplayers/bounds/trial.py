@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -242,8 +242,12 @@ class Trial:
         found: dict[str, dict[str, str]] = {}
         for module, (path, program) in self._programs.items():
             leaves = tuple(f"{name}." for name in program.calls())
-            parts = [part for name, part in module.named_modules() if not f"{name}.".startswith(leaves)]
-            found[path] = {name: state for part in parts for name, state in _state(part).items()}
+            parts = {name: part for name, part in module.named_modules() if not f"{name}.".startswith(leaves)}
+            found[path] = {
+                f"{what} of its {name}" if name else what: state
+                for name, part in parts.items()
+                for what, state in _state(part).items()
+            }
         return found
 
 
@@ -287,16 +291,36 @@ def _check_samples_apart(results: Sequence[Any], like: Tensor) -> None:
 
 
 def _state(module: nn.Module) -> dict[str, str]:
-    """Attributes of a module and its class, and what its forward knows from outside, as text."""
+    """Attributes of a module and its class, and what its methods know from outside, as text."""
     found = {f"its attribute {name!r}": value for name, value in vars(module).items() if name not in _INTERNAL}
     found |= {f"its tensor {name!r}": _written(tensor) for name, tensor in module._buffers.items()}
     found |= {f"its tensor {name!r}": _written(tensor) for name, tensor in module._parameters.items()}
     kind = type(module)
     found |= {f"{kind.__name__}.{name}": value for name, value in vars(kind).items() if not name.startswith("__")}
-    with suppress(TypeError, ValueError):  # a forward that is no function of Python, or refers to what is not there yet
-        known = inspect.getclosurevars(inspect.unwrap(kind.forward))
-        found |= {f"the variable {name!r}": value for name, value in {**known.nonlocals, **known.globals}.items()}
+    bases = [base for base in kind.__mro__ if _is_users(base)]
+    found |= _outside([value for base in bases for value in vars(base).values()], set())
     return {name: _text(value) for name, value in found.items()}
+
+
+def _is_users(thing: Any) -> bool:
+    return (getattr(thing, "__module__", None) or "torch").partition(".")[0] not in ("torch", "liplayers", "builtins")
+
+
+def _outside(values: Iterable[Any], seen: set[Any]) -> dict[str, Any]:
+    """The defaults, attributes and outer variables of the functions among some values, and of those that they know."""
+    found: dict[str, Any] = {}
+    for function in (inspect.unwrap(value) for value in values if inspect.isfunction(value) and _is_users(value)):
+        if function in seen or not inspect.isfunction(function):
+            continue
+        seen.add(function)
+        found[f"a default of {function.__qualname__}"] = (function.__defaults__, function.__kwdefaults__)
+        found[f"an attribute of {function.__qualname__}"] = vars(function)
+        with suppress(ValueError):  # of a variable that has no value yet
+            known = inspect.getclosurevars(function)
+            variables = {**known.nonlocals, **known.globals}
+            found |= {f"the variable {name!r}": value for name, value in variables.items()}
+            found |= _outside(variables.values(), seen)
+    return found
 
 
 def _written(tensor: Tensor | None) -> tuple:
@@ -307,6 +331,8 @@ def _text(value: Any, depth: int = 3) -> str:
     """A value as far as a counter or a switch would show in it; larger tensors are results that are kept."""
     if isinstance(value, Tensor):
         return str(value.item()) if value.numel() == 1 else "tensor"
+    if isinstance(value, (str, bytes, int, float, complex, type(None))):
+        return repr(value)
     if not depth or callable(value) or inspect.ismodule(value):
         return type(value).__name__
     if isinstance(value, Mapping):
