@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ class SaveWhenInterrupted(L.Callback):
         now = time.monotonic()
         if not self.asked:
             self.asked, self._since = number, now
-            os.write(1, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print is not reentrant
+            with suppress(OSError):  # a pipe that nobody reads any more
+                os.write(1, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print is not reentrant
         elif number == signal.SIGINT and now - self._since > 1:  # some senders signal twice
             self._at_once = True
             raise Stopped(128 + number)

@@ -54,7 +54,7 @@ def check_training_state(path: Path, module: CertifiedClassifier, trainer: L.Tra
     try:
         Version(content["pytorch-lightning_version"])
         _check_loops(content, trainer)
-        _rehearse_step(content, module)
+        _rehearse_step(content, module, trainer.strategy.root_device)
         _check_average(content, module)
         _check_callbacks(content["callbacks"], trainer)
     except Exception as error:  # whatever such a state leads torch and Lightning to
@@ -89,9 +89,9 @@ def _check_kind(state: Any, like: Any, name: str) -> None:
             raise TypeError(f"{name} is {state!r:.40}, expected a count")
 
 
-def _rehearse_step(content: dict[str, Any], module: CertifiedClassifier) -> None:
+def _rehearse_step(content: dict[str, Any], module: CertifiedClassifier, device: torch.device) -> None:
     """A step of optimizer and schedule with the states of the checkpoint and gradients of no meaning."""
-    model = copy.deepcopy(module.model)
+    model = copy.deepcopy(module.model).to(device)
     optimizer = module.optimizer_factory(model.parameters())
     schedule = module.schedule_factory(optimizer, 1)
     (state,), (rates,) = content["optimizer_states"], content["lr_schedulers"]
