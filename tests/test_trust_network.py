@@ -330,6 +330,15 @@ def settings() -> list[Any]:
     return [*(backend.fp32_precision for backend in new), *legacy, backends.cudnn.enabled]
 
 
+def inherited() -> str:
+    """The precision of cudnn's convolutions where only the general setting says anything."""
+    torch.backends.fp32_precision = "ieee"
+    try:
+        return torch.backends.cudnn.conv.fp32_precision
+    finally:
+        torch.backends.fp32_precision = "none"
+
+
 def in_thread(function: Callable[[], Any]) -> Any:
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result(timeout=60)
@@ -350,7 +359,7 @@ def test_precision_is_exact_until_the_last_thread_leaves_and_then_as_before(devi
             return [backend.fp32_precision for backend in used]
 
     torch.set_float32_matmul_precision("medium" if lowered else "highest")
-    before = settings()
+    before, general = settings(), inherited()
     try:
         with ThreadPoolExecutor(1) as pool:
             with exact_precision(torch.device(device)):
@@ -359,10 +368,8 @@ def test_precision_is_exact_until_the_last_thread_leaves_and_then_as_before(devi
             leave.set()
             assert set(found.result(60)) <= {"ieee", "none"}
         assert settings() == before
-        backends.fp32_precision = "ieee"  # is still inherited
-        assert backends.cudnn.conv.fp32_precision == "ieee"
+        assert inherited() == general
     finally:
-        backends.fp32_precision = "none"
         torch.set_float32_matmul_precision("highest")
 
 
