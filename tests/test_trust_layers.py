@@ -152,6 +152,12 @@ def test_an_offset_of_another_shape_is_refused(module: nn.Module, name: str, sha
         module(torch.zeros(1, 1, 3, 3))
 
 
+@pytest.mark.parametrize("factor", [math.nan, math.inf, "2", None, True, torch.ones(2)])
+def test_a_factor_is_a_finite_number(factor: Any):
+    with pytest.raises(ArgumentError, match="factor="):
+        lp.Scale(factor)
+
+
 # Frozen layers --------------------------------------------------------------------------------------------------------
 
 

@@ -178,6 +178,7 @@ class ParametrizedModule(LipschitzModule):
     raw_names: tuple[str, ...] = ("raw",)
     raw: nn.Parameter
     constant_bound = True  # whatever the raw parameters are
+    range_exponent = 0.4  # of the least normal number: raw entries below count as zero, above its inverse as that
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +258,7 @@ class ParametrizedModule(LipschitzModule):
         have gradients as large as its inverse, and formulas square it.
         """
         raw = (getattr(self, name) for name in self.raw_names)
-        return tuple(_in_range(p.to(torch.promote_types(p.dtype, torch.float32))) for p in raw)
+        return tuple(_in_range(p.to(torch.promote_types(p.dtype, torch.float32)), self.range_exponent) for p in raw)
 
     def executed_dtype(self) -> torch.dtype:
         """The dtype that matrix products run in here and now: the parameters', or autocast's inside its context."""
@@ -366,10 +367,10 @@ def exact_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _in_range(raw: Tensor) -> Tensor:
-    least = torch.finfo(raw.dtype).tiny ** 0.4
-    raw = raw.clamp(-1 / least, 1 / least)
-    return raw - torch.where(raw.abs() < least, raw, 0).detach()  # what counts as zero keeps its gradient
+def _in_range(raw: Tensor, exponent: float) -> Tensor:
+    least = torch.finfo(raw.dtype).tiny ** exponent
+    value = raw.detach()  # what counts as zero keeps its gradient
+    return raw.clamp(-1 / least, 1 / least) - torch.where(value.abs() < least, value, 0)
 
 
 def _in_func_transform() -> bool:

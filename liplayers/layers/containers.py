@@ -122,7 +122,7 @@ class Scale(LipschitzModule):
 
     def __init__(self, factor: float) -> None:
         super().__init__()
-        if not math.isfinite(factor):
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
             raise ArgumentError(f"Scale: factor={factor!r}; expected a finite number")
         self.factor = float(factor)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError, ShapeError, UnknownBoundError
 from liplayers.layers.activations import TIED, fold, halves, require_slope_range, tied_channels
-from liplayers.layers.base import LipschitzModule, exact_precision, executed
+from liplayers.layers.base import LipschitzModule, check_shape, exact_precision, executed
 from liplayers.layers.containers import Container
 from liplayers.layers.intact import require_intact
 from liplayers.layers.lmi import require_sector
@@ -528,6 +528,7 @@ class FrozenResidual(Container):
         return [self.branch]
 
     def compose_bounds(self, bounds: Sequence[float]) -> float:
+        check_shape(self, "alpha", self.alpha, ())
         exact = (1 - self.alpha).double(), self.alpha.double()
         pairs = [exact, (executed(1 - self.alpha), executed(self.alpha))]
         return max(

@@ -178,7 +178,8 @@ class LipNeXtBlock(ManifoldModule):
     def check_parts(self) -> None:
         if (type(self.shift), type(self.activation)) != (SpatialShift2d, BetaAbs):
             raise UnknownBoundError("its shift or activation was replaced: build a new block")
-        require_intact(self)
+        require_intact(self.shift)
+        require_intact(self.activation)
 
     def lipschitz_bound(self) -> float:
         self.check_parts()
