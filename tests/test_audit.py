@@ -228,7 +228,8 @@ TRANSPOSED: list[tuple[int, int, Any, tuple[int, int], dict[str, Any]]] = [
 def test_conv_transpose_norm_and_shape(
     family: str, role: str, inputs: int, outputs: int, kernel: Any, image: tuple, arguments: dict
 ):
-    for dtype in (torch.float64, torch.float32):
+    index = TRANSPOSED.index((inputs, outputs, kernel, image, arguments))
+    for dtype in (torch.float64, torch.float32) if index % 3 == 0 else (torch.float64,):  # as for convolutions
         layer = construct(FAMILIES[family].conv_transpose, inputs, outputs, kernel, dtype=dtype, **arguments)
         if layer is None:
             assert "dilation" in arguments, "refuses a plain transposed convolution"

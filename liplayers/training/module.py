@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from liplayers import checkpoint
-from liplayers.bounds import split_head
+from liplayers.bounds import HeadSplit
+from liplayers.bounds.composition import head_splitter
 from liplayers.certification.radius import certified_radius
 from liplayers.errors import ConfigError
 from liplayers.layers.base import cached
@@ -32,6 +33,16 @@ def certified_name(epsilon: float) -> str:
 def _bound_moves(module: nn.Module) -> bool:
     """Whether a step of the optimizer may change the module's own bound: plain torch layers, a residual's α."""
     return bool(module._parameters) and not getattr(module, "constant_bound", False)
+
+
+class _Splitters(dict[bool, Callable[[], HeadSplit]]):
+    """Of one model, by whether it trains; a copy, which has another model, begins without any."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Splitters:
+        return _Splitters()
+
+    def __reduce__(self) -> tuple[type[_Splitters], tuple[()]]:
+        return _Splitters, ()
 
 
 class CertifiedClassifier(L.LightningModule):
@@ -84,13 +95,16 @@ class CertifiedClassifier(L.LightningModule):
         self.eps = tuple(eps)
         self.config = config
         self.channels_last = channels_last
+        self._splitters = _Splitters()
         self._refresh_bound()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
 
-    def _refresh_bound(self) -> None:
-        self.split = [split_head(self.model, self.input_shape)]  # in a list: the head is not a second submodule
+    def _refresh_bound(self, anew: bool = True) -> None:
+        if anew or self.training not in self._splitters:
+            self._splitters[self.training] = head_splitter(self.model, self.input_shape)
+        self.split = [self._splitters[self.training]()]  # in a list: the head is not a second submodule
         head = self.split[0].head
         self.bound_moves = any(_bound_moves(module) for module in self.model.modules() if module is not head)
 
@@ -119,7 +133,7 @@ class CertifiedClassifier(L.LightningModule):
         inputs, labels = batch
         needs_constants = isinstance(self.loss, MarginLoss)
         if stage == "train" and self.bound_moves and (needs_constants or not sum(self.trainer.num_val_batches)):
-            self._refresh_bound()
+            self._refresh_bound(anew=False)
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         with cached():
