@@ -10,7 +10,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import pytest
@@ -641,7 +641,8 @@ def test_autocast_computes_weights_in_float32_and_the_bound_counts_rounding(fami
         part.__dict__.pop("compute_effective", None)
     exceeded = []
     layer.eval()
-    for setting in settings(layer):
+    # what float16 adds to bfloat16 is its range: a third of the settings show it
+    for setting in islice(settings(layer), 0, None, 1 if dtype is torch.bfloat16 else 3):
         with torch.autocast("cpu", dtype):
             bound = layer.lipschitz_bound()
         measured = worst_norm(half_twin(layer, dtype), shape, is_block(role))

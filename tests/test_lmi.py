@@ -126,7 +126,7 @@ def test_the_inequality_holds_for_the_weights_that_run(make: Callable, depth: in
 
 
 @EACH
-@pytest.mark.parametrize("lipschitz", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("lipschitz", [0.5, 2.0])
 def test_it_holds_after_training_and_after_training_to_exceed(make: Callable, depth: int, lipschitz: float):
     block = built(make, depth, lipschitz=lipschitz)
     fit(block, 5, 4)

@@ -74,7 +74,11 @@ def kinds(cell: NotebookNode) -> set[str]:
     return found
 
 
-@every_notebook
+@pytest.mark.parametrize(
+    "path",
+    # the second compares all families, for half a minute
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * path.stem.startswith("2")) for path in NOTEBOOKS],
+)
 def test_a_notebook_runs_and_its_stored_outputs_are_of_the_same_kinds(path: Path, shared_kernel: KernelManager):
     stored = nbformat.read(path, as_version=4)
     fresh = execute(stored, shared_kernel)

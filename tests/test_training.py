@@ -169,8 +169,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
     train(tmp_path / "whole", "schedule=constant", "trainer.max_epochs=4")
     train(tmp_path / "parts", "schedule=constant")
     last = tmp_path / "parts/checkpoints/last.ckpt"
-    result = command("train.py", f"resume={last}", "trainer.max_epochs=4", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    cli.train(compose("train", f"resume={last}", f"output={tmp_path}/parts", "trainer.max_epochs=4"))
     a, b = load_checkpoint(tmp_path / "whole/checkpoints/last.ckpt"), load_checkpoint(last)
     assert a.epoch == b.epoch == 3
     assert all(torch.equal(a.state_dict[k], b.state_dict[k]) for k in a.state_dict)
@@ -423,9 +422,10 @@ def test_compiled_training_is_training_up_to_rounding(tmp_path):
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
-def test_multirun_gives_each_job_its_folder(tmp_path):
-    result = command("train.py", "-m", "model.linear=aol,bro", f"output={tmp_path}/sweep", *SMALL, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_multirun_gives_each_job_its_folder(tmp_path, monkeypatch):
+    arguments = ["train.py", "-m", "model.linear=aol,bro", f"output={tmp_path}/sweep", *SMALL]
+    monkeypatch.setattr("sys.argv", arguments)
+    cli.train_command()
     for job, linear in enumerate(["aol", "bro"]):
         checkpoint = load_checkpoint(tmp_path / f"sweep/{job}/checkpoints/best.ckpt")
         assert checkpoint.config["model"]["linear"] == linear

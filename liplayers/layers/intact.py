@@ -15,7 +15,7 @@ _WALK = ("__iter__", "__len__", "__getitem__", "__contains__", "keys", "values",
 
 
 def _static(kind: type, name: str) -> object:
-    return inspect.getattr_static(kind, name, None)
+    return next((vars(cls)[name] for cls in kind.__mro__ if name in vars(cls)), None)
 
 
 # as torch has them, before anyone could put others in their place
@@ -31,7 +31,7 @@ def is_changed(module: nn.Module) -> bool:
     hooked = module._forward_hooks or module._forward_pre_hooks
     hooked = hooked or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
     kind = type(module)
-    hides_method = any(inspect.isroutine(inspect.getattr_static(kind, name, None)) for name in vars(module))
+    hides_method = any(inspect.isroutine(_static(kind, name)) for name in vars(module))
     called_otherwise = any(_static(kind, name) is not _static(nn.Module, name) for name in _CALL)
     compiled = getattr(module, "_compiled_call_impl", None)
     # what torch.compile makes of a module counts as the module; anything else in its place does not
