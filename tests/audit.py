@@ -268,14 +268,8 @@ EVERY = of_role(*ROLES)
 
 
 def accepts(make: Callable, name: str) -> bool:
-    """Whether a constructor, or one that it hands *args on to, takes an argument of that name."""
-    for cls in inspect.getmro(make) if inspect.isclass(make) else (make,):
-        parameters = inspect.signature(cls.__init__ if inspect.isclass(cls) else cls).parameters.values()
-        if any(p.name == name for p in parameters):
-            return True
-        if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-            return False
-    return False
+    """Whether a constructor takes an argument of that name."""
+    return name in inspect.signature(make).parameters
 
 
 def construct(make: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module | None:

@@ -6,6 +6,7 @@ A family that is registered falls under all of it by itself.
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import math
 import pickle
@@ -713,6 +714,22 @@ def test_repr_shows_what_the_constructor_took(family: str, role: str):
     for name, value in [("hidden_features", 11), ("hidden_channels", 13)]:
         if accepts(make, name):
             assert f"{name}={value}" in repr(make(*sizes, **{name: value}))
+
+
+TORCHS = {"linear": nn.Linear, "conv": nn.Conv2d, "conv_transpose": nn.ConvTranspose2d}
+
+
+@REGISTERED
+def test_the_signature_is_written_out_in_torchs_order(family: str, role: str):
+    make = getattr(FAMILIES[family], role)
+    ours = inspect.signature(make).parameters
+    kinds = {p.kind for p in ours.values()}
+    assert not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    if role in TORCHS:
+        theirs = inspect.signature(TORCHS[role]).parameters
+        positional = [n for n, p in ours.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        assert positional == list(theirs)
+        assert all(ours[n].default == theirs[n].default for n in positional if n not in ("device", "dtype"))
 
 
 @REGISTERED

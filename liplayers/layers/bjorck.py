@@ -6,12 +6,11 @@ contraction, and each step is scaled for the fastest worst case.
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import Tensor
 
 from liplayers.layers.base import LipschitzLinear, check_positive
-from liplayers.layers.conv import LipschitzConvTranspose2d
+from liplayers.layers.conv import LipschitzConvTranspose2d, Size2d
 from liplayers.layers.registry import Family, register
 from liplayers.layers.rko import RKOConv2d
 from liplayers.linalg.orthogonal import newton_schulz
@@ -39,15 +38,23 @@ class BjorckLinear(LipschitzLinear):
 
     Source: Björck & Bowie 1971; Anil, Lucas & Grosse 2019, arXiv 1811.05381.
 
-    >>> import torch
     >>> W = BjorckLinear(8, 5).weight
     >>> torch.allclose(W @ W.T, torch.eye(5), atol=1e-5)
     True
     """
 
-    def __init__(self, *args: Any, iterations: int = 13, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        iterations: int = 13,
+    ) -> None:
         check_positive(self, iterations=iterations)
-        super().__init__(*args, **kwargs)
+        super().__init__(in_features, out_features, bias, device, dtype)
         self.iterations = iterations
 
     def map_weight(self, raw: Tensor) -> Tensor:
@@ -78,14 +85,29 @@ class BjorckConv2d(RKOConv2d):
 
     Source: Serrurier et al. 2021, arXiv 2006.06520; Anil, Lucas & Grosse 2019, arXiv 1811.05381.
 
-    >>> import torch
     >>> BjorckConv2d(3, 8, 3, padding="same")(torch.randn(1, 3, 9, 7)).shape
     torch.Size([1, 8, 9, 7])
     """
 
-    def __init__(self, *args: Any, iterations: int = 13, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d | str = 0,
+        dilation: Size2d = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        iterations: int = 13,
+    ) -> None:
         check_positive(self, iterations=iterations)
-        super().__init__(*args, **kwargs)
+        geometry = (kernel_size, stride, padding, dilation, groups)
+        super().__init__(in_channels, out_channels, *geometry, bias, padding_mode, device, dtype)
         self.iterations = iterations
 
     def orthogonalise(self, matrix: Tensor) -> Tensor:
@@ -103,7 +125,6 @@ class BjorckConvTranspose2d(LipschitzConvTranspose2d):
 
     Source: as `BjorckConv2d`.
 
-    >>> import torch
     >>> BjorckConvTranspose2d(8, 3, 4, stride=2, padding=1)(torch.randn(1, 8, 5, 5)).shape
     torch.Size([1, 3, 10, 10])
     """

@@ -8,14 +8,13 @@ dropping the last inputs, and the noise of the start is the same at every depth 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError
 from liplayers.layers.base import LipschitzLinear
-from liplayers.layers.conv import FourierConv2d
+from liplayers.layers.conv import FourierConv2d, Size2d
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.orthogonal import block_reflector
 
@@ -71,11 +70,19 @@ class BROLinear(LipschitzLinear):
     True
     """
 
-    def __init__(self, *args: Any, rank_ratio: float = 0.5, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank_ratio: float = 0.5,
+    ) -> None:
         _check_rank_ratio(self, rank_ratio)
-        nn.Module.__init__(self)
         self.rank_ratio = rank_ratio
-        super().__init__(*args, **kwargs)
+        super().__init__(in_features, out_features, bias, device, dtype)
 
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
         n = max(self.in_features, self.out_features)
@@ -121,11 +128,26 @@ class BROConv2d(FourierConv2d):
     True
     """
 
-    def __init__(self, *args: Any, rank_ratio: float = 0.5, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d | str = 0,
+        dilation: Size2d = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank_ratio: float = 0.5,
+    ) -> None:
         _check_rank_ratio(self, rank_ratio)
-        nn.Module.__init__(self)
         self.rank_ratio = rank_ratio
-        super().__init__(*args, **kwargs)
+        geometry = (kernel_size, stride, padding, dilation, groups)
+        super().__init__(in_channels, out_channels, *geometry, bias, padding_mode, device, dtype)
 
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
         channels, kh, kw = self._unshuffled

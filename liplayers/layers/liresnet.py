@@ -91,7 +91,6 @@ class LiResNetConv2dBlock(RescaledConv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)
         check_odd_kernel(self, kernel_size)
         super().__init__(
             channels,

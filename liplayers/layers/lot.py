@@ -7,12 +7,11 @@ are made.
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import Tensor
 
 from liplayers.layers.base import check_positive
-from liplayers.layers.conv import FourierConv2d
+from liplayers.layers.conv import FourierConv2d, Size2d
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.orthogonal import newton_schulz
 
@@ -43,16 +42,31 @@ class LOTConv2d(FourierConv2d):
 
     Source: Xu, Li & Li 2022, arXiv 2210.11620.
 
-    >>> import torch
     >>> layer = LOTConv2d(4, 4, 3, padding=1, padding_mode="circular")
     >>> x = torch.randn(1, 4, 7, 5)
     >>> bool((layer(x).norm() - x.norm()).abs() < 1e-4)
     True
     """
 
-    def __init__(self, *args: Any, iterations: int = 13, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d | str = 0,
+        dilation: Size2d = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        iterations: int = 13,
+    ) -> None:
         check_positive(self, iterations=iterations)
-        super().__init__(*args, **kwargs)
+        geometry = (kernel_size, stride, padding, dilation, groups)
+        super().__init__(in_channels, out_channels, *geometry, bias, padding_mode, device, dtype)
         self.iterations = iterations
 
     def map_transfer(self, transfer: Tensor) -> Tensor:

@@ -114,12 +114,20 @@ class ManifoldLinear(ManifoldModule, LipschitzLinear):
     [5.0, 7.0, 0.0]
     """
 
-    def __init__(self, *args: Any, init: str = "orthogonal", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init: str = "orthogonal",
+    ) -> None:
         if init not in ("orthogonal", "identity"):
             raise ArgumentError(f"ManifoldLinear: init={init!r}; expected 'orthogonal' or 'identity'")
-        nn.Module.__init__(self)
         self.init = init
-        super().__init__(*args, **kwargs)
+        super().__init__(in_features, out_features, bias, device, dtype)
 
     def reset_parameters(self) -> None:
         """A random frame or the identity, no bias."""

@@ -8,15 +8,15 @@ circular padding the exponential is taken at each frequency.
 from __future__ import annotations
 
 import math
-from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError
 from liplayers.layers.base import LipschitzLinear, check_positive
-from liplayers.layers.conv import FourierConv2d
+from liplayers.layers.conv import FourierConv2d, Size2d
 from liplayers.layers.registry import Family, register
 from liplayers.linalg.convolution import row_sum_bound
 from liplayers.linalg.norms import unit_scale
@@ -46,7 +46,6 @@ class ExponentialLinear(LipschitzLinear):
 
     Source: Lezcano-Casado & Martínez-Rubio 2019, arXiv 1901.08428; Singla & Feizi 2021, arXiv 2105.11417.
 
-    >>> import torch
     >>> W = ExponentialLinear(8, 5).weight
     >>> torch.allclose(W @ W.T, torch.eye(5), atol=1e-5)
     True
@@ -92,18 +91,33 @@ class SOCConv2d(FourierConv2d):
 
     Source: Singla & Feizi 2021, arXiv 2105.11417.
 
-    >>> import torch
     >>> layer = SOCConv2d(4, 4, 3, padding=1)
     >>> x = torch.randn(1, 4, 7, 5)
     >>> bool((layer(x).norm() - x.norm()).abs() < 1e-4)
     True
     """
 
-    def __init__(self, *args: Any, terms: int = 7, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d | str = 0,
+        dilation: Size2d = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        terms: int = 7,
+    ) -> None:
         check_positive(self, terms=terms)
         if terms > MOST_TERMS:
             raise ArgumentError(f"SOCConv2d: terms={terms!r}; expected at most {MOST_TERMS}, which is exact to 1e-12")
-        super().__init__(*args, **kwargs)
+        geometry = (kernel_size, stride, padding, dilation, groups)
+        super().__init__(in_channels, out_channels, *geometry, bias, padding_mode, device, dtype)
         self.terms = terms
         self._coefficients = skew_exponential_coefficients(terms)
 
