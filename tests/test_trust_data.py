@@ -385,6 +385,14 @@ CLAIMS = {
 }
 
 
+def test_a_shape_that_is_none_is_one_line(tmp_path: Path) -> None:
+    bad, good = (
+        archive(tmp_path / "a.npz", npy((True, 1, 4, 4), bytes(16)), SMALL[1]),
+        archive(tmp_path / "b.npz", *SMALL),
+    )
+    fails(DataError, NpzData(bad, good).setup, bad)
+
+
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("name", CLAIMS)
 def test_archives_claim_no_more_than_they_hold(tmp_path: Path, name: str, compression: int) -> None:

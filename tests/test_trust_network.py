@@ -537,13 +537,14 @@ def test_a_weight_is_computed_from_parameters_of_one_moment():
 # Reports --------------------------------------------------------------------------------------------------------------
 
 
-def reported(mode: str = "proof") -> tuple[Certified, list[str], Tensor]:
+def reported(mode: str = "proof", last_bias: float = 0.0) -> tuple[Certified, list[str], Tensor]:
     """A network with two equal rows in its head, certified on samples of which one is huge."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), lp.AOLLinear(4, 8), lp.MaxMin(), nn.Linear(8, 4))
     with torch.no_grad():
         model[3].weight[2] = model[3].weight[1]
         model[3].bias[2] = model[3].bias[1] - 1
+        model[3].bias[3] += last_bias
     x = torch.randn(40, 1, 2, 2, dtype=F64)
     x[7] *= 1e13
     network = CertifiedNetwork(model, (1, 2, 2), 4, mode=mode)
@@ -552,6 +553,16 @@ def reported(mode: str = "proof") -> tuple[Certified, list[str], Tensor]:
     data: Any = SimpleNamespace(eval_loader=lambda split: batches)
     fresh = Certified(network, data, certificates, {"data": {"split": "test"}})
     return fresh, report.csv_text(certificates).splitlines()[1:], x
+
+
+def test_a_class_without_hope_makes_no_room_for_lies():
+    fresh, lines, _ = reported("fast", last_bias=-1e13)
+    _compare_certificates(Path("report.json"), lines, fresh)
+    index, *others, radius = lines[0].split(",")
+    assert float(radius) > 0
+    lie = ",".join([index, *others, repr(1.01 * float(radius))])
+    with pytest.raises(VerificationError, match="sample 0 has radius"):
+        _compare_certificates(Path("report.json"), [lie, *lines[1:]], fresh)
 
 
 @pytest.mark.parametrize("column", ["margin", "radius"])

@@ -217,6 +217,10 @@ UNFAITHFUL: dict[str, nn.Module] = {
     "counter of the class": foreign(counting(lambda self: increased(type(self), "n"), lambda self: self.n)),
     "list": foreign(counting(lambda self: self.n.append(0), lambda self: len(self.n)), n=[]),
     "buffer": foreign(counting(lambda self: self.n.add_(1), lambda self: self.n.item()), n=torch.zeros(())),
+    "tensor of several": foreign(
+        counting(lambda self: self.n[0].add_(1), lambda self: self.n[0][0]), n=[torch.zeros(2)]
+    ),
+    "dtype of a constant": foreign(lambda self, x: x.view(x.new_zeros(1, dtype=torch.int32).dtype) * 1.0),
     "closure": foreign(in_a_closure()),
     "global": foreign(counted_globally),
     "in a function": foreign(lambda self, x: helped(x)),

@@ -220,7 +220,7 @@ def _operation(node: fx.Node, bounds: dict[fx.Node, float], constants: set[fx.No
     if isinstance(first, fx.Node) and all(n is first or n in constants for n in node.all_input_nodes):
         unchanged = target in (_UNCHANGED_METHODS if method else _UNCHANGED_FUNCTIONS)
         entrywise = target in (_ENTRYWISE_METHODS if method else _ENTRYWISE_FUNCTIONS)
-        reinterprets = any(isinstance(a, torch.dtype) for a in node.args)
+        reinterprets = any(map(_is_dtype, node.args))
         indexed = target is operator.getitem and _plain_index(node.args[1])
         if entrywise or indexed or (unchanged and not reinterprets):
             return bounds[first]
@@ -231,6 +231,13 @@ def _operation(node: fx.Node, bounds: dict[fx.Node, float], constants: set[fx.No
     if not method and target in _CONCATENATE and isinstance(first, (list, tuple)):
         return upward.hypot(*(bounds[n] for n in first if isinstance(n, fx.Node)))
     raise UnknownBoundError(f"its forward calls {_name(node)!r}, whose effect on the bound is not known")
+
+
+def _is_dtype(argument: Any) -> bool:
+    """Whether an argument is a dtype, or what a forward read as the dtype of a tensor."""
+    if isinstance(argument, fx.Node):
+        return argument.target is getattr and str(argument.args[1]) == "dtype"
+    return isinstance(argument, torch.dtype)
 
 
 def _name(node: fx.Node) -> str:

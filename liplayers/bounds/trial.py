@@ -328,9 +328,10 @@ def _written(tensor: Tensor | None) -> tuple:
 
 
 def _text(value: Any, depth: int = 3) -> str:
-    """A value as far as a counter or a switch would show in it; larger tensors are results that are kept."""
+    """A value as far as a counter or a switch would show in it; new larger tensors are results that are kept."""
     if isinstance(value, Tensor):
-        return str(value.item()) if value.numel() == 1 else "tensor"
+        written = 0 if value.is_inference() else value._version
+        return str(value.item()) if value.numel() == 1 else f"tensor, written to {written} times"
     if isinstance(value, (str, bytes, int, float, complex, type(None))):
         return repr(value)
     if not depth or callable(value) or inspect.ismodule(value):

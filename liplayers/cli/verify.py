@@ -199,13 +199,13 @@ def _spans(fresh: Certified) -> Iterator[dict[str, Span]]:
     for inputs, _ in fresh.data.eval_loader(fresh.report["data"]["split"]):
         logits = network(inputs).cpu()
         exact = logits.double()
+        best = exact.topk(2, 1).values
         if network.mode == "proof":
             wider = 1 + TOLERANCE
             error = network.logit_error(wider * inputs.double(), wider * certified_radius(exact, constants))
-        else:
-            error = 8 * torch.finfo(logits.dtype).eps * exact.abs().amax(1).clamp_min(1)
+        else:  # of the two classes that decide: one of a huge negative logit says nothing about them
+            error = 8 * torch.finfo(logits.dtype).eps * best.abs().amax(1).clamp_min(1)
         error = torch.where(error.isfinite(), error, 0.0)
-        best = exact.topk(2, 1).values
         margin = best[:, 0] - best[:, 1]
         most = LARGEST_RADIUS if network.mode == "proof" else math.inf
         low, high = (

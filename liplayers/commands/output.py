@@ -61,6 +61,9 @@ class ForgivingOutput(io.TextIOBase):
             except OSError as error:
                 self._lose(error)
 
+    def close(self) -> None:
+        """Nothing: the stream belongs to others, and may be gone when Python ends."""
+
     def _lose(self, error: OSError) -> None:
         self.lost = error
         if not isinstance(error, BrokenPipeError):
