@@ -14,10 +14,9 @@ from torch import nn
 
 from liplayers.certification import parse_radius
 from liplayers.checkpoint import Checkpoint
-from liplayers.commands.help import config_folder as config_folder
 from liplayers.commands.quoting import hydra_override
 from liplayers.errors import ArgumentError, CheckpointError, ConfigError, LipschitzError
-from liplayers.text import one_line as one_line
+from liplayers.text import one_line
 
 # the packages whose public names a checkpoint's config may call
 TRUSTED = ("liplayers.models", "liplayers.data", "liplayers.losses", "liplayers.training", "torch.optim", "lightning")

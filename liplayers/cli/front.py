@@ -34,12 +34,12 @@ from rich.text import Text
 from liplayers.certification import parse_radius
 from liplayers.certification.report import figure_writer, text_writer, write_outputs
 from liplayers.checkpoint import check_parts
-from liplayers.cli.configuration import one_line, radii
+from liplayers.cli.configuration import radii
 from liplayers.commands.entry import front_command, front_options
 from liplayers.commands.output import console, say
 from liplayers.commands.quoting import command, hydra_override
 from liplayers.errors import ConfigError, DataError, DataNotFoundError, LipschitzError
-from liplayers.text import printable
+from liplayers.text import one_line, printable
 from liplayers.training.module import certified_name
 
 SPLITS = {"val": "validation split", "train": "training samples (no validation split)"}

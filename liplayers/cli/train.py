@@ -22,12 +22,13 @@ from liplayers.certification import parse_radius
 from liplayers.checkpoint import Checkpoint, load_checkpoint
 from liplayers.cli.composing import GROUPS as GROUPS
 from liplayers.cli.composing import resumed
-from liplayers.cli.configuration import UNASKED, build, flag, integer, one_line, plain, radii, text
+from liplayers.cli.configuration import UNASKED, build, flag, integer, plain, radii, text
 from liplayers.commands.output import say
 from liplayers.commands.quoting import command, hydra_override
 from liplayers.data import DataModule
 from liplayers.errors import CheckpointError, ConfigError, LipschitzError, OutputError
 from liplayers.files import held, whole_file
+from liplayers.text import one_line
 from liplayers.training import (
     CertifiedClassifier,
     MovedRun,
