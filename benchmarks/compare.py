@@ -46,10 +46,10 @@ from benchmarks.uci.train import shuffled_batches
 from liplayers import FAMILIES, MaxMin, Normalize, NormalizedLinear, PadChannels, Patchify2d, get_layer
 from liplayers.certification import Certificates, CertifiedNetwork, certify, parse_radius
 from liplayers.certification.report import figure_writer, json_writer, text_writer, write_outputs
+from liplayers.core.checks import check_positive
 from liplayers.data.base import Split
 from liplayers.data.folder import ImageFolderData
 from liplayers.errors import ArgumentError, DataError, LipschitzError, NonFiniteError, UnknownNameError
-from liplayers.layers.base import check_positive
 from liplayers.losses import OffsetCrossEntropy
 from liplayers.training import ManifoldAdamW, warmup_cosine
 

@@ -21,8 +21,8 @@ from torch import nn
 
 from liplayers import FAMILIES, LBDN, LDLTBlock, LDLTSequential, MaxMin
 from liplayers.certification.report import figure_writer, write_outputs
+from liplayers.core.checks import check_positive
 from liplayers.errors import LipschitzError
-from liplayers.layers.base import check_positive
 from liplayers.layers.ldlt import SCALE
 
 FOLDER = Path(__file__).parent / "results"

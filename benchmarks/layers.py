@@ -42,8 +42,8 @@ from benchmarks.sizes import QUICK_SIZES, SIZES, Size, build
 from benchmarks.timing import interleaved, machine, peak_memory, quartiles
 from liplayers import FAMILIES
 from liplayers.certification.report import write_outputs
+from liplayers.core.registry import ROLES
 from liplayers.errors import ArgumentError, LipschitzError, ShapeError, UnknownNameError
-from liplayers.layers.registry import ROLES
 
 Row = dict[str, Any]
 

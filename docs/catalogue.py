@@ -18,9 +18,9 @@ from torch import nn
 
 import liplayers
 from liplayers import FAMILIES, Family
+from liplayers.core.registry import ROLES
 from liplayers.errors import ArgumentError, LipschitzError
-from liplayers.layers.activations import ACTIVATIONS, SLOPE_RANGES, Householder, MaxMin, get_activation, slope_range
-from liplayers.layers.registry import ROLES
+from liplayers.modules.activations import ACTIVATIONS, SLOPE_RANGES, Householder, MaxMin, get_activation, slope_range
 
 PAGE = Path(__file__).parent / "layers.md"
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from benchmarks.layers import run
 from docs.catalogue import family_text
 from liplayers import Family, register
-from liplayers.layers.base import LipschitzLinear
+from liplayers.layers.bases.dense import LipschitzLinear
 from liplayers.linalg.orthogonal import block_reflector
 
 

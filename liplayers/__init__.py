@@ -4,6 +4,7 @@
 """
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -16,7 +17,7 @@ else:
         """The public names, with torch, when one is first asked for: the commands say what they do without it."""
         if name == "__all__" or not name.startswith("__"):
             public = vars(import_module("liplayers.public")).items()
-            names = {key: value for key, value in public if not key.startswith("_")}
+            names = {key: value for key, value in public if not (key.startswith("_") or isinstance(value, ModuleType))}
             globals().update(names, __all__=list(names))
             if name in globals():
                 return globals()[name]

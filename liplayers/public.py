@@ -4,14 +4,16 @@ from liplayers.bounds import layer_bounds as layer_bounds
 from liplayers.bounds import lipschitz_bound as lipschitz_bound
 from liplayers.bounds import register_bound as register_bound
 from liplayers.bounds import split_head as split_head
+from liplayers.core.registry import FAMILIES as FAMILIES
+from liplayers.core.registry import Family as Family
+from liplayers.core.registry import get_layer as get_layer
+from liplayers.core.registry import register as register
+from liplayers.core.weights import cached as cached
 from liplayers.errors import LipschitzError as LipschitzError
 from liplayers.export import export_onnx as export_onnx
 from liplayers.export import export_program as export_program
 from liplayers.export import export_safetensors as export_safetensors
 from liplayers.export import freeze as freeze
 from liplayers.layers import *
-from liplayers.layers import FAMILIES as FAMILIES
-from liplayers.layers import Family as Family
-from liplayers.layers import cached as cached
-from liplayers.layers import get_layer as get_layer
-from liplayers.layers import register as register
+from liplayers.linalg.norms import row_distances as row_distances
+from liplayers.modules import *

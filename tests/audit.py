@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from liplayers import FAMILIES
+from liplayers.core.registry import ROLES
+from liplayers.core.weights import ParametrizedModule
 from liplayers.errors import ArgumentError
-from liplayers.layers.base import ParametrizedModule
-from liplayers.layers.registry import ROLES
 
 DENSE_LIMIT = 600
 Map = Callable[[Tensor], Tensor]

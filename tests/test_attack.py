@@ -13,9 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import liplayers as lp
-from liplayers.bounds.rounding import RoundingAnalysis
-from liplayers.certification import certified_radius
-from liplayers.certification.attack import (
+from liplayers.audit.attack import (
     LOSSES,
     _checkpoints,
     apgd,
@@ -27,10 +25,12 @@ from liplayers.certification.attack import (
     nearest_classes,
     pgd,
 )
-from liplayers.certification.audit import Audit, RobustAccuracy, audit, audit_figure, audit_table
-from liplayers.certification.ball import distance, project
-from liplayers.certification.boundary import HALVINGS, boundary_points, rounding_attack
-from liplayers.certification.steepest import lipschitz_lower_bound, margin_ratio_lower_bound
+from liplayers.audit.audit import Audit, RobustAccuracy, audit, audit_figure, audit_table
+from liplayers.audit.ball import distance, project
+from liplayers.audit.boundary import HALVINGS, boundary_points, rounding_attack
+from liplayers.audit.steepest import lipschitz_lower_bound, margin_ratio_lower_bound
+from liplayers.bounds.rounding import RoundingAnalysis
+from liplayers.certification import certified_radius
 from liplayers.errors import ArgumentError, DataError, LipschitzError, ShapeError, UnknownNameError
 from tests.audit import jacobian, operator_norm
 

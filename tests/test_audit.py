@@ -38,8 +38,9 @@ from torch import Tensor, nn
 
 import liplayers
 from liplayers import FAMILIES, cached
+from liplayers.core.module import LipschitzModule
+from liplayers.core.weights import ParametrizedModule
 from liplayers.errors import LipschitzError
-from liplayers.layers.base import LipschitzModule, ParametrizedModule
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
 BOTH = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -18,8 +18,8 @@ from benchmarks.peers import PEERS
 from benchmarks.plain import multiply_adds, plain_block
 from benchmarks.sizes import QUICK_SIZES, SIZES, build
 from liplayers import FAMILIES
+from liplayers.core.registry import ROLES, Family
 from liplayers.errors import ArgumentError, UnknownNameError
-from liplayers.layers.registry import ROLES, Family
 
 CPU = torch.device("cpu")
 

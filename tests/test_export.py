@@ -20,9 +20,10 @@ from flint import fmpq
 from torch import Tensor, nn
 
 import liplayers as lp
+from liplayers.core.module import LipschitzModule
+from liplayers.core.weights import ParametrizedModule
 from liplayers.errors import ArgumentError, ExportError, MissingPackageError, OutputError, ShapeError, UnknownBoundError
-from liplayers.layers.base import LipschitzModule, ParametrizedModule
-from liplayers.layers.frozen import (
+from liplayers.modules.frozen import (
     FrozenFourierConv2d,
     FrozenHouseholder,
     FrozenLMIBlock,

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 import liplayers as lip
 from liplayers import FAMILIES, lipschitz_bound
 from liplayers.certification.radius import certified_radius
+from liplayers.core.registry import ROLES
 from liplayers.errors import LipschitzError, UnknownBoundError
-from liplayers.layers.registry import ROLES
 from liplayers.linalg.norms import spectral_norm_bound, spectral_norm_lower_bound
 
 EVERY = of_role(*ROLES)

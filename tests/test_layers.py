@@ -12,9 +12,9 @@ from audit import jacobian, operator_norm, worst_norm
 from torch import Tensor, nn
 
 import liplayers as lip
+from liplayers.core.module import LipschitzModule
 from liplayers.errors import ArgumentError, LipschitzError, ShapeError, UnknownNameError
-from liplayers.layers.base import LipschitzModule
-from liplayers.layers.heads import row_distances
+from liplayers.linalg.norms import row_distances
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -32,9 +32,9 @@ from liplayers import (
     SLLBlock,
 )
 from liplayers.errors import ArgumentError, LipschitzError, ShapeError
-from liplayers.layers.activations import sector, tied_channels
-from liplayers.layers.lmi import Conv2dLMIBlock, DenseLMIBlock
+from liplayers.layers.bases.lmi import Conv2dLMIBlock, DenseLMIBlock
 from liplayers.linalg.lmi import ExplicitWeights, Sector, is_proven, ldlt_weights, limited, proven_lipschitz
+from liplayers.modules.activations import sector, tied_channels
 
 DEPTHS = {LDLTBlock: True, LDLTSequential: True, LBDN: True, GershgorinBlock: True, SandwichBlock: False}
 SIZES = (7, 3, 6, 5, 4)

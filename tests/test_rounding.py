@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 import liplayers as lp
 from liplayers.bounds.rounding import Arithmetic, RoundingAnalysis
+from liplayers.core.module import LipschitzModule
 from liplayers.errors import ArgumentError, UnknownBoundError
-from liplayers.layers.base import LipschitzModule
 
 F64 = torch.float64
 every = pytest.mark.parametrize(("family", "role"), EVERY, ids=["-".join(e) for e in EVERY])

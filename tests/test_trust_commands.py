@@ -26,8 +26,8 @@ from rich.console import Console
 
 import liplayers
 from liplayers import cli
+from liplayers.audit.audit import Audit, RobustAccuracy, audit_figure, audit_table
 from liplayers.certification import Certificates
-from liplayers.certification.audit import Audit, RobustAccuracy, audit_figure, audit_table
 from liplayers.certification.report import curve, results_table, units_table
 from liplayers.cli import front
 from liplayers.commands import audit_command, certify_command, front_command, train_command

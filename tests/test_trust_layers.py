@@ -19,9 +19,9 @@ from torch.distributed.fsdp import fully_shard
 
 import liplayers as lp
 from liplayers.checkpoint import widen_scalars
+from liplayers.core.module import SettledModule
 from liplayers.errors import ArgumentError, LipschitzError, SettledError, ShapeError, UnknownBoundError
-from liplayers.layers.base import SettledModule
-from liplayers.layers.frozen import FrozenFourierConv2d, FrozenPolynomialConv2d, Placement
+from liplayers.modules.frozen import FrozenFourierConv2d, FrozenPolynomialConv2d, Placement
 
 REGISTERED = pytest.mark.parametrize(("family", "role"), EVERY, ids=["-".join(e) for e in EVERY])
 IMAGE = (4, 6, 6)

@@ -23,9 +23,9 @@ from liplayers.certification import Certificates, CertifiedNetwork, certified_ra
 from liplayers.certification.network import LARGEST_RADIUS
 from liplayers.cli.proving import Certified
 from liplayers.cli.verify import _compare_certificates
+from liplayers.core.precision import exact_precision
 from liplayers.errors import ArgumentError, CheckpointError, LipschitzError, VerificationError
-from liplayers.export import freeze
-from liplayers.layers.base import exact_precision
+from liplayers.export.freeze import freeze
 
 F64 = torch.float64
 MODES = pytest.mark.parametrize("mode", ["proof", "fast"])

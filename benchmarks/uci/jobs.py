@@ -16,9 +16,9 @@ import liplayers
 from benchmarks.uci.methods import METHODS, count_parameters, matched_width
 from benchmarks.uci.train import Recipe, shuffled_batches, train_together
 from liplayers.certification import CertifiedNetwork, certify, parse_radius
+from liplayers.core.checks import check_positive
 from liplayers.data.tabular import UCISet
 from liplayers.errors import DataError
-from liplayers.layers.base import check_positive
 
 RADII = (36, 72, 108, 255)
 METRICS = ("clean", *(f"c{radius}" for radius in RADII))

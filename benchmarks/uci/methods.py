@@ -15,8 +15,8 @@ from functools import cache, partial
 import torch
 from torch import nn
 
+from liplayers.core.checks import check_positive
 from liplayers.errors import UnknownNameError
-from liplayers.layers.base import check_positive
 from liplayers.models import blockmlp, mlp
 
 Method = Callable[[int, int, int, int], nn.Sequential]

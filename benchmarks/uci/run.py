@@ -23,9 +23,9 @@ from benchmarks.uci.jobs import Configuration, run_job
 from benchmarks.uci.methods import known_methods
 from benchmarks.uci.results import check_same, read_results, result_path, write_result
 from liplayers.certification.report import write_outputs
+from liplayers.core.checks import check_positive
 from liplayers.data.tabular import read_uci, uci_names
 from liplayers.errors import LipschitzError, UnknownNameError
-from liplayers.layers.base import check_positive
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state
 
+from liplayers.core.checks import check_positive
 from liplayers.errors import ArgumentError
-from liplayers.layers.base import check_positive
 from liplayers.losses import OffsetCrossEntropy, offset_cross_entropy
 from liplayers.training.schedules import warmup_cosine
 

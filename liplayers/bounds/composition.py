@@ -23,13 +23,15 @@ from liplayers.bounds.graph import Program, Shapes, graph_bounds, trace
 from liplayers.bounds.torch_modules import RULES, Shape, torch_bound
 from liplayers.bounds.trial import Trial
 from liplayers.bounds.twin import private_copy
+from liplayers.core.intact import is_changed, require_intact
+from liplayers.core.module import LipschitzModule
+from liplayers.core.precision import executed_dtype
 from liplayers.errors import ArgumentError, LipschitzError, NonFiniteError, Obstacle, ShapeError, UnknownBoundError
-from liplayers.layers.base import LipschitzLinear, LipschitzModule, executed_dtype
-from liplayers.layers.containers import Container
-from liplayers.layers.heads import rounded_up, row_distances
-from liplayers.layers.intact import is_changed, require_intact
+from liplayers.layers.bases.dense import LipschitzLinear
 from liplayers.linalg import upward
+from liplayers.linalg.norms import rounded_up, row_distances
 from liplayers.linalg.verified import Enclosure
+from liplayers.modules.containers import Container
 
 
 def lipschitz_bound(model: nn.Module, input_shape: Shape | None = None) -> float:

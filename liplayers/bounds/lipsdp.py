@@ -38,12 +38,10 @@ from liplayers.bounds.composition import (
     _record_shapes,
 )
 from liplayers.bounds.torch_modules import Shape, torch_bound
+from liplayers.core.intact import require_intact
+from liplayers.core.precision import executed
 from liplayers.errors import ArgumentError, MissingPackageError, Obstacle, ShapeError, UnknownBoundError
-from liplayers.layers.activations import TIED, Householder, slope_range, tied_channels
-from liplayers.layers.base import LipschitzLinear, executed
-from liplayers.layers.containers import Normalize, Scale
-from liplayers.layers.frozen import FrozenHouseholder
-from liplayers.layers.intact import require_intact
+from liplayers.layers.bases.dense import LipschitzLinear
 from liplayers.linalg.norms import frobenius_norm
 from liplayers.linalg.verified import (
     _U,
@@ -54,6 +52,9 @@ from liplayers.linalg.verified import (
     _up,
     norm_enclosure,
 )
+from liplayers.modules.activations import TIED, Householder, slope_range, tied_channels
+from liplayers.modules.containers import Normalize, Scale
+from liplayers.modules.frozen import FrozenHouseholder
 
 __all__ = ["LipSDP", "lipsdp_bound"]
 

@@ -32,8 +32,8 @@ from torch.utils._pytree import tree_leaves
 from liplayers.bounds.composition import layer_bounds
 from liplayers.bounds.torch_modules import Shape
 from liplayers.bounds.twin import twin
+from liplayers.core.module import LipschitzModule
 from liplayers.errors import ArgumentError, UnknownBoundError
-from liplayers.layers.base import LipschitzModule
 from liplayers.linalg.convolution import overlap
 from liplayers.linalg.verified import conv_norm_enclosure, entry_norm, largest_norm_enclosure
 

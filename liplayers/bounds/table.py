@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from liplayers.errors import NonFiniteError
-from liplayers.layers.base import LipschitzLinear
-from liplayers.layers.conv import KernelConv2d
+from liplayers.layers.bases.dense import LipschitzLinear
+from liplayers.layers.bases.kernel import KernelConv2d
 from liplayers.linalg.verified import Enclosure, conv_norm_enclosure, norm_enclosure
 
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from liplayers.core.precision import executed
 from liplayers.errors import UnknownBoundError
-from liplayers.layers.activations import slope_range
-from liplayers.layers.base import executed
 from liplayers.linalg import upward
 from liplayers.linalg.convolution import overlap
 from liplayers.linalg.verified import Enclosure, conv_norm_enclosure, norm_enclosure
+from liplayers.modules.activations import slope_range
 
 Shape = tuple[int, ...]
 Bound = float | Enclosure

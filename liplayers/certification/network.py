@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from liplayers.bounds import ClassifierBounds, classifier_bounds
 from liplayers.bounds.rounding import Rounding, RoundingAnalysis
 from liplayers.certification.radius import certified_radius
+from liplayers.core.precision import Setting, exact_precision, held
 from liplayers.errors import ArgumentError, CheckpointError, ShapeError, UnknownBoundError, UnknownNameError
-from liplayers.export import check_plain, freeze
-from liplayers.layers.base import Setting, exact_precision, held
+from liplayers.export.freeze import check_plain, freeze
 
 MODES = ("proof", "fast")
 SAME_WEIGHTS = 1e-5  # relative to the largest entry: what orders of summation make of weights in float32

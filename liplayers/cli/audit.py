@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from liplayers.audit.audit import Audit, audit_figure, audit_table
+from liplayers.audit.audit import audit as audit_network
 from liplayers.certification import parse_radius
 from liplayers.certification import report as reports
-from liplayers.certification.audit import Audit, audit_figure, audit_table
-from liplayers.certification.audit import audit as audit_network
 from liplayers.cli.proving import Certified
 from liplayers.commands.output import console, say
 from liplayers.errors import RefutedError

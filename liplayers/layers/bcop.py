@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from liplayers.core.registry import Family, register
 from liplayers.errors import ArgumentError
-from liplayers.layers.base import fill_orthogonal_
-from liplayers.layers.conv import KernelConv2d, LipschitzConvTranspose2d
-from liplayers.layers.registry import Family, register
-from liplayers.linalg.orthogonal import cholesky_orthogonal, projector
+from liplayers.layers.bases.kernel import KernelConv2d, LipschitzConvTranspose2d
+from liplayers.linalg.orthogonal import cholesky_orthogonal, fill_orthogonal_, projector
 
 __all__ = ["AOCConv2d", "AOCConvTranspose2d", "BCOPConv2d"]
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liplayers.layers.base import LipschitzLinear, check_positive
-from liplayers.layers.conv import LipschitzConvTranspose2d, Size2d
-from liplayers.layers.registry import Family, register
+from liplayers.core.checks import Size2d, check_positive
+from liplayers.core.registry import Family, register
+from liplayers.layers.bases.dense import LipschitzLinear
+from liplayers.layers.bases.kernel import LipschitzConvTranspose2d
 from liplayers.layers.rko import RKOConv2d
 from liplayers.linalg.orthogonal import newton_schulz
 

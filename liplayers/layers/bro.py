@@ -12,10 +12,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from liplayers.core.checks import Size2d
+from liplayers.core.registry import Family, register
 from liplayers.errors import ArgumentError
-from liplayers.layers.base import LipschitzLinear
-from liplayers.layers.conv import FourierConv2d, Size2d
-from liplayers.layers.registry import Family, register
+from liplayers.layers.bases.dense import LipschitzLinear
+from liplayers.layers.bases.fourier import FourierConv2d
 from liplayers.linalg.orthogonal import block_reflector
 
 __all__ = ["BROConv2d", "BROLinear"]

@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from liplayers.layers.base import LipschitzLinear
-from liplayers.layers.conv import FourierConv2d
-from liplayers.layers.registry import Family, register
+from liplayers.core.registry import Family, register
+from liplayers.layers.bases.dense import LipschitzLinear
+from liplayers.layers.bases.fourier import FourierConv2d
 from liplayers.linalg.orthogonal import cayley
 
 __all__ = ["CayleyConv2d", "CayleyLinear"]

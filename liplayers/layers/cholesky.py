@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from liplayers.layers.base import LipschitzLinear
-from liplayers.layers.conv import FourierConv2d
-from liplayers.layers.registry import Family, register
+from liplayers.core.registry import Family, register
+from liplayers.layers.bases.dense import LipschitzLinear
+from liplayers.layers.bases.fourier import FourierConv2d
 from liplayers.linalg.orthogonal import cholesky_orthogonal
 
 __all__ = ["CholeskyConv2d", "CholeskyLinear"]

@@ -11,11 +11,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from liplayers.layers.base import fill_orthogonal_
-from liplayers.layers.blocks import Conv2dBlock, DenseBlock
-from liplayers.layers.registry import Family, register
+from liplayers.core.registry import Family, register
+from liplayers.layers.bases.residual import Conv2dBlock, DenseBlock
 from liplayers.linalg.convolution import orthogonal_taps_, symbol_norm_bound
 from liplayers.linalg.norms import gram_iteration_bound, unit_scale
+from liplayers.linalg.orthogonal import fill_orthogonal_
 
 __all__ = ["CPLBlock", "CPLConv2dBlock"]
 

@@ -11,8 +11,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from liplayers.layers.lmi import DenseLMIBlock, orthogonal_
-from liplayers.layers.registry import Family, register
+from liplayers.core.registry import Family, register
+from liplayers.layers.bases.lmi import DenseLMIBlock, orthogonal_
 from liplayers.linalg.lmi import ExplicitWeights
 from liplayers.linalg.orthogonal import to_double
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from liplayers.layers.lmi import Conv2dLMIBlock, DenseLMIBlock, orthogonal_
-from liplayers.layers.registry import Family, register
+from liplayers.core.registry import Family, register
+from liplayers.layers.bases.lmi import Conv2dLMIBlock, DenseLMIBlock, orthogonal_
 from liplayers.linalg.lmi import ExplicitWeights, ldlt_weights, limited
 from liplayers.linalg.orthogonal import to_double
 

@@ -10,71 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liplayers.errors import ArgumentError, ShapeError, UnknownBoundError
-from liplayers.layers.activations import BetaAbs
-from liplayers.layers.base import LipschitzModule, check_positive, fill_orthogonal_
-from liplayers.layers.conv import Size2d, pair
-from liplayers.layers.intact import require_intact
+from liplayers.core.checks import Size2d, check_positive, check_share, pair
+from liplayers.core.intact import require_intact
+from liplayers.core.registry import Family, register
+from liplayers.errors import ShapeError, UnknownBoundError
 from liplayers.layers.manifold import ManifoldModule
-from liplayers.layers.registry import Family, register
+from liplayers.linalg.orthogonal import fill_orthogonal_
 from liplayers.linalg.stiefel import near_isometry_bound
+from liplayers.modules.activations import BetaAbs
+from liplayers.modules.shift import SpatialShift2d
 
-__all__ = ["LipNeXtBlock", "SpatialShift2d"]
-
-_DIRECTIONS = ((-1, -2), (1, -2), (-1, -1), (1, -1))  # (shift, axis): up, down, left, right
-
-
-def _check_share(owner: object, name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ArgumentError(f"{type(owner).__name__}: {name}={value!r}; expected a number from {low:g} to {high:g}")
-
-
-class SpatialShift2d(LipschitzModule):
-    r"""Circular shift by one pixel of channel groups: the first group up, then down, left, right; the rest stays.
-
-    Orthogonal, a permutation of the entries; supports every image size and number of channels. Each group has
-    max(1, min(round(ratio·C), ⌊C/4⌋)) channels; fewer than four channels are shifted one in each direction as far as
-    they go. Cost: one copy of the image. Signal gain at initialisation, and always, is 1.
-
-    Args:
-        ratio: share of the channels that moves in each direction, up to 1/4.
-
-    Shape:
-        (N, C, H, W) or (C, H, W), unchanged.
-
-    Raises:
-        ArgumentError: a ratio outside [0, 1/4].
-        ShapeError: at call, fewer than three dimensions.
-
-    Source: Hu et al. 2026, arXiv 2601.18513.
-
-    >>> SpatialShift2d()(torch.tensor([[[1.0], [2.0], [3.0]]])).flatten().tolist()
-    [2.0, 3.0, 1.0]
-    """
-
-    def __init__(self, ratio: float = 1 / 16) -> None:
-        super().__init__()
-        _check_share(self, "ratio", ratio, 0, 0.25)
-        self.ratio = ratio
-
-    def group_sizes(self, channels: int) -> list[int]:
-        """The channels that move up, down, left and right, and those that stay."""
-        size = max(1, min(round(self.ratio * channels), channels // 4))
-        moving = [max(0, min(size, channels - i * size)) for i in range(4)]
-        return [*moving, channels - sum(moving)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() not in (3, 4):
-            raise ShapeError(f"SpatialShift2d: got an input of shape {tuple(x.shape)}; expected (N, C, H, W)")
-        *moving, rest = x.split(self.group_sizes(x.shape[-3]), -3)
-        shifted = [g.roll(shift, axis) for g, (shift, axis) in zip(moving, _DIRECTIONS, strict=True)]
-        return torch.cat([*shifted, rest], -3)
-
-    def lipschitz_bound(self) -> float:
-        return 1.0
-
-    def extra_repr(self) -> str:
-        return f"ratio={self.ratio:g}"
+__all__ = ["LipNeXtBlock"]
 
 
 class LipNeXtBlock(ManifoldModule):
@@ -126,8 +72,8 @@ class LipNeXtBlock(ManifoldModule):
     ) -> None:
         super().__init__()
         check_positive(self, channels=channels)
-        _check_share(self, "shift_ratio", shift_ratio, 0, 0.25)
-        _check_share(self, "beta", beta, 0, 1)
+        check_share(self, "shift_ratio", shift_ratio, 0, 0.25)
+        check_share(self, "beta", beta, 0, 1)
         self.channels = channels
         self.image_size = None if image_size is None else pair(self, "image_size", image_size, 1)
         self.beta = beta

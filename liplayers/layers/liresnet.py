@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from liplayers.layers.blocks import check_odd_kernel
-from liplayers.layers.registry import Family, register
+from liplayers.core.checks import check_odd_kernel
+from liplayers.core.registry import Family, register
 from liplayers.layers.rescaled import RescaledConv2d, RescaledLinear
 
 __all__ = ["LiResNetBlock", "LiResNetConv2dBlock"]

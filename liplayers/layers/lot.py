@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liplayers.layers.base import check_positive
-from liplayers.layers.conv import FourierConv2d, Size2d
-from liplayers.layers.registry import Family, register
+from liplayers.core.checks import Size2d, check_positive
+from liplayers.core.registry import Family, register
+from liplayers.layers.bases.fourier import FourierConv2d
 from liplayers.linalg.orthogonal import newton_schulz
 
 __all__ = ["LOTConv2d"]

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liplayers.core.registry import Family, register
+from liplayers.core.weights import ParametrizedModule
 from liplayers.errors import ArgumentError
-from liplayers.layers.base import LipschitzLinear, ParametrizedModule
-from liplayers.layers.registry import Family, register
+from liplayers.layers.bases.dense import LipschitzLinear
 from liplayers.linalg.stiefel import near_isometry_bound, nearest_orthogonal
 
 __all__ = ["ManifoldLinear", "OrthogonalParameter", "retract_"]

@@ -11,9 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from liplayers.layers.base import LipschitzLinear
-from liplayers.layers.conv import KernelConv2d, LipschitzConvTranspose2d
-from liplayers.layers.registry import Family, register
+from liplayers.core.registry import Family, register
+from liplayers.layers.bases.dense import LipschitzLinear
+from liplayers.layers.bases.kernel import KernelConv2d, LipschitzConvTranspose2d
 from liplayers.linalg.convolution import polyphase, symbol_norm_bound
 from liplayers.linalg.norms import gram_iteration_bound, unit_scale
 

@@ -12,8 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from liplayers.layers.conv import KernelConv2d, LipschitzConvTranspose2d
-from liplayers.layers.registry import Family, register
+from liplayers.core.registry import Family, register
+from liplayers.layers.bases.kernel import KernelConv2d, LipschitzConvTranspose2d
 from liplayers.linalg.convolution import overlap, polyphase, symbol_norm_bound
 from liplayers.linalg.orthogonal import cholesky_orthogonal
 

@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from liplayers.core.registry import Family, register
 from liplayers.errors import ArgumentError
-from liplayers.layers.lmi import LARGEST, SMALLEST, Conv2dLMIBlock, DenseLMIBlock, Sizes, orthogonal_
-from liplayers.layers.registry import Family, register
+from liplayers.layers.bases.lmi import LARGEST, SMALLEST, Conv2dLMIBlock, DenseLMIBlock, Sizes, orthogonal_
 from liplayers.linalg.lmi import ExplicitWeights
 from liplayers.linalg.orthogonal import cayley, to_double
 

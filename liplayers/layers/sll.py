@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from liplayers.layers.blocks import Conv2dBlock, DenseBlock
-from liplayers.layers.registry import Family, register
+from liplayers.core.registry import Family, register
+from liplayers.layers.bases.residual import Conv2dBlock, DenseBlock
 from liplayers.linalg.convolution import autocorrelation
 from liplayers.linalg.norms import unit_rows
 

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from liplayers.core.checks import Size2d, check_positive
+from liplayers.core.registry import Family, register
 from liplayers.errors import ArgumentError
-from liplayers.layers.base import LipschitzLinear, check_positive
-from liplayers.layers.conv import FourierConv2d, Size2d
-from liplayers.layers.registry import Family, register
-from liplayers.linalg.convolution import row_sum_bound
+from liplayers.layers.bases.dense import LipschitzLinear
+from liplayers.layers.bases.fourier import FourierConv2d
+from liplayers.linalg.convolution import polynomial, row_sum_bound
 from liplayers.linalg.norms import unit_scale
 from liplayers.linalg.orthogonal import rotation, skew_exponential, skew_exponential_coefficients
 
@@ -173,15 +174,6 @@ class SOCConv2d(FourierConv2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, terms={self.terms}"
-
-
-def polynomial(coefficients: tuple[float, ...], L: Tensor, x: Tensor) -> Tensor:
-    """Σ_j c_j Lʲx by Horner's rule, L a convolution with zero padding that keeps the size of the image."""
-    *rest, last = coefficients
-    y = last * x
-    for c in reversed(rest):
-        y = F.conv2d(y, L, padding=(L.shape[-2] // 2, L.shape[-1] // 2)) + c * x
-    return y
 
 
 register(Family("soc", linear=ExponentialLinear, conv=SOCConv2d, orthogonal=frozenset({"linear", "conv"})))

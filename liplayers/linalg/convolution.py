@@ -144,3 +144,12 @@ def orthogonal_taps_(weight: Tensor, stride: tuple[int, int], groups: int = 1) -
             for a, b in product(range(block[0]), range(block[1])):
                 weight[group * out : (group + 1) * out, :, start[0] + a, start[1] + b] = Q[..., a, b]
     return weight
+
+
+def polynomial(coefficients: tuple[float, ...], L: Tensor, x: Tensor) -> Tensor:
+    """Σ_j c_j Lʲx by Horner's rule, L a convolution with zero padding that keeps the size of the image."""
+    *rest, last = coefficients
+    y = last * x
+    for c in reversed(rest):
+        y = F.conv2d(y, L, padding=(L.shape[-2] // 2, L.shape[-1] // 2)) + c * x
+    return y

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from numpy.polynomial import chebyshev
-from torch import Tensor
+from torch import Tensor, nn
 
 from liplayers.linalg import upward
 from liplayers.linalg.norms import (
@@ -468,3 +468,10 @@ def rotation(S: Tensor) -> Tensor:
     root = skew_exponential(quarter, _ROTATION)
     square = root @ root
     return _within_unit_ball(square @ square, full_rank=True)
+
+
+def fill_orthogonal_(raw: Tensor) -> Tensor:
+    """`nn.init.orthogonal_` for every dtype (its QR knows no half precision)."""
+    Q = torch.empty(raw.shape, dtype=torch.promote_types(raw.dtype, torch.float32), device=raw.device)
+    with torch.no_grad():
+        return raw.copy_(nn.init.orthogonal_(Q))

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from liplayers.core.checks import check_positive
+from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
-from liplayers.layers.activations import get_activation
-from liplayers.layers.base import check_positive
-from liplayers.layers.pooling import PadChannels, Patchify2d
-from liplayers.layers.registry import get_layer
 from liplayers.models.parts import LayerChoice, centring, image_shape, make_head, sequence
+from liplayers.modules.activations import get_activation
+from liplayers.modules.pooling import PadChannels, Patchify2d
 
 
 def aolnet(

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from liplayers.core.checks import check_positive
+from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
-from liplayers.layers.activations import get_activation
-from liplayers.layers.base import check_positive
-from liplayers.layers.pooling import PadChannels
-from liplayers.layers.registry import get_layer
 from liplayers.models.parts import LayerChoice, centring, flat_size, make_head, sequence
+from liplayers.modules.activations import get_activation
+from liplayers.modules.pooling import PadChannels
 
 
 def blockmlp(

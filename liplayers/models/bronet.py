@@ -11,10 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from liplayers.layers.activations import get_activation
-from liplayers.layers.base import check_positive
-from liplayers.layers.offsets import Centring
-from liplayers.layers.registry import get_layer
+from liplayers.core.checks import check_positive
+from liplayers.core.registry import get_layer
 from liplayers.models.parts import (
     LayerChoice,
     around_backbone,
@@ -24,6 +22,8 @@ from liplayers.models.parts import (
     make_head,
     sequence,
 )
+from liplayers.modules.activations import get_activation
+from liplayers.modules.offsets import Centring
 
 
 def bronet(

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from liplayers.core.checks import check_positive
+from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
-from liplayers.layers.base import check_positive
 from liplayers.layers.lipnext import LipNeXtBlock
-from liplayers.layers.pooling import GlobalL2Pool2d
-from liplayers.layers.registry import get_layer
 from liplayers.models.parts import LayerChoice, centring, image_shape, make_head, sequence
+from liplayers.modules.pooling import GlobalL2Pool2d
 
 
 def lipnext(

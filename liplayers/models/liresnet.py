@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from liplayers.layers.activations import get_activation
-from liplayers.layers.base import check_positive
-from liplayers.layers.offsets import Centring
-from liplayers.layers.registry import get_layer
+from liplayers.core.checks import check_positive
+from liplayers.core.registry import get_layer
 from liplayers.models.parts import (
     LayerChoice,
     around_backbone,
@@ -25,6 +23,8 @@ from liplayers.models.parts import (
     make_head,
     sequence,
 )
+from liplayers.modules.activations import get_activation
+from liplayers.modules.offsets import Centring
 
 
 def liresnet(

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from liplayers.core.checks import check_positive
+from liplayers.core.registry import FAMILIES, get_layer
 from liplayers.errors import ArgumentError, UnknownNameError
-from liplayers.layers.activations import get_activation
-from liplayers.layers.base import check_positive
-from liplayers.layers.containers import Normalize
-from liplayers.layers.heads import NormalizedLinear
-from liplayers.layers.pooling import PadChannels
-from liplayers.layers.registry import FAMILIES, get_layer
+from liplayers.layers.normalized import NormalizedLinear
+from liplayers.modules.activations import get_activation
+from liplayers.modules.containers import Normalize
+from liplayers.modules.pooling import PadChannels
 
 LayerChoice = str | Callable[..., nn.Module]
 Shape3d = tuple[int, int, int]

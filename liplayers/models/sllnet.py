@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from liplayers.core.checks import check_positive
+from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
-from liplayers.layers.base import check_positive
-from liplayers.layers.pooling import AvgPool2d, PadChannels
-from liplayers.layers.registry import get_layer
 from liplayers.models.parts import LayerChoice, centring, check_not_negative, image_shape, make_head, sequence
+from liplayers.modules.pooling import AvgPool2d, PadChannels
 
 
 def sllnet(

@@ -16,8 +16,8 @@ from liplayers import checkpoint
 from liplayers.bounds import HeadSplit
 from liplayers.bounds.composition import head_splitter
 from liplayers.certification.radius import certified_radius
+from liplayers.core.weights import cached
 from liplayers.errors import ConfigError
-from liplayers.layers.base import cached
 from liplayers.losses import MarginLoss
 
 

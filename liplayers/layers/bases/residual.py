@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from liplayers.core.checks import check_image, check_odd_kernel, check_positive
+from liplayers.core.precision import exact_precision
+from liplayers.core.weights import ParametrizedModule
 from liplayers.errors import ArgumentError
-from liplayers.layers.activations import require_slope_range
-from liplayers.layers.base import ParametrizedModule, check_positive, exact_precision, fill_orthogonal_
-from liplayers.layers.conv import check_image, wrap
+from liplayers.layers.bases.kernel import wrap
 from liplayers.linalg.convolution import orthogonal_taps_
+from liplayers.linalg.orthogonal import fill_orthogonal_
+from liplayers.modules.activations import require_slope_range
 
 
 class _Block(ParametrizedModule):
@@ -155,10 +158,3 @@ class Conv2dBlock(_Block):
             f"channels={self.channels}, hidden_channels={self.hidden_channels}, kernel_size={self.kernel_size}, "
             f"bias={self.bias is not None}, padding_mode={self.padding_mode!r}"
         )
-
-
-def check_odd_kernel(owner: object, kernel_size: int) -> None:
-    """Raise ArgumentError unless a kernel of this size keeps the image's with padding (k − 1)/2."""
-    check_positive(owner, kernel_size=kernel_size)
-    if kernel_size % 2 == 0:
-        raise ArgumentError(f"{type(owner).__name__}: kernel_size={kernel_size}; expected an odd number")

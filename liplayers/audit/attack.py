@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liplayers.certification.ball import project, random_point, rows_like, uphill, within_reach
+from liplayers.audit.ball import project, random_point, rows_like, uphill, within_reach
 from liplayers.errors import ArgumentError, DataError, ShapeError, UnknownNameError
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from liplayers.certification.attack import (
+from liplayers.audit.attack import (
     Attacked,
     Search,
     attack,
@@ -19,7 +19,7 @@ from liplayers.certification.attack import (
     misclassified,
     seeded,
 )
-from liplayers.certification.ball import project, random_direction, rows_like, unit, uphill, within_reach
+from liplayers.audit.ball import project, random_direction, rows_like, unit, uphill, within_reach
 
 HALVINGS = (16, 20, 24, 28, 32, 36, 40, 42, 44, 46, 48, 50, 52, 56)  # margins from 1e-5 of the first to its rounding
 

@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from liplayers.core.checks import check_image, check_odd_kernel, check_positive, check_transformed
+from liplayers.core.precision import exact_precision
+from liplayers.core.weights import ParametrizedModule
 from liplayers.errors import ArgumentError, ShapeError
-from liplayers.layers.activations import Householder, require_slope_range, sector, tied_channels
-from liplayers.layers.base import ParametrizedModule, check_positive, exact_precision, fill_orthogonal_
-from liplayers.layers.blocks import check_odd_kernel
-from liplayers.layers.conv import check_image, check_transformed
 from liplayers.linalg.convolution import orthogonal_taps_
 from liplayers.linalg.fourier import Grid, fast_size, fourier_multiply, transfer_matrix
 from liplayers.linalg.lmi import ExplicitWeights, Sector, margin, proven_lipschitz
+from liplayers.linalg.orthogonal import fill_orthogonal_
+from liplayers.modules.activations import Householder, require_sector, require_slope_range, sector, tied_channels
 
 Sizes = int | Sequence[int]
 LARGEST_EXPONENT = 15.0  # multipliers up to e^±15: beyond it float32 holds one end of a ratio of weights only
@@ -303,16 +304,6 @@ class Conv2dLMIBlock(_LMIModule):
         text += "" if self.out_channels == self.channels else f", out_channels={self.out_channels}"
         text += f", kernel_size={self.kernel_size}" + ("" if self.stride == 1 else f", stride={self.stride}")
         return text + f", padding_mode={self.padding_mode!r}" + self._arguments()
-
-
-def require_sector(owner: object, activation: nn.Module, made_for: Sector) -> None:
-    """Raise ArgumentError unless the activation's sector lies in the one that the weights of `owner` are made for."""
-    low, high = sector(owner, activation)
-    if low < made_for.low or high > made_for.high:
-        raise ArgumentError(
-            f"{type(owner).__name__}: activation={activation} has slopes in [{low:g}, {high:g}], the weights are made "
-            f"for [{made_for.low:g}, {made_for.high:g}]; build a new layer with this activation"
-        )
 
 
 def hidden_sizes(owner: object, name: str, value: Sizes | None, default: int) -> tuple[int, ...]:

@@ -16,12 +16,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from liplayers.certification.attack import Attacked, attack, batches, check_samples, headroom, misclassified
-from liplayers.certification.ball import distance
-from liplayers.certification.boundary import boundary_points, rounding_attack
+from liplayers.audit.attack import Attacked, attack, batches, check_samples, headroom, misclassified
+from liplayers.audit.ball import distance
+from liplayers.audit.boundary import boundary_points, rounding_attack
+from liplayers.audit.steepest import margin_ratio_lower_bound
 from liplayers.certification.radius import certified_accuracy, certified_radius
 from liplayers.certification.report import label_plot
-from liplayers.certification.steepest import margin_ratio_lower_bound
 from liplayers.errors import ArgumentError, ShapeError
 from liplayers.text import printable
 

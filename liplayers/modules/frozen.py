@@ -17,19 +17,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from liplayers.core.checks import check_shape
+from liplayers.core.intact import require_intact
+from liplayers.core.module import LipschitzModule
+from liplayers.core.precision import exact_precision, executed
 from liplayers.errors import ArgumentError, ShapeError, UnknownBoundError
-from liplayers.layers.activations import TIED, fold, halves, require_slope_range, tied_channels
-from liplayers.layers.base import LipschitzModule, check_shape, exact_precision, executed
-from liplayers.layers.containers import Container
-from liplayers.layers.intact import require_intact
-from liplayers.layers.lmi import require_sector
-from liplayers.layers.soc import polynomial
 from liplayers.linalg import upward
+from liplayers.linalg.convolution import polynomial
 from liplayers.linalg.fourier import CHUNK, isometric_dft, isometric_dft_error
 from liplayers.linalg.lmi import ExplicitWeights, Sector, proven_lipschitz
 from liplayers.linalg.norms import frobenius_norm
 from liplayers.linalg.orthogonal import skew_polynomial_bound
 from liplayers.linalg.verified import conv_norm_enclosure, entry_norm, largest_norm_enclosure, weighted_row_sum_norm
+from liplayers.modules.activations import TIED, fold, halves, require_sector, require_slope_range, tied_channels
+from liplayers.modules.containers import Container
 
 Size = tuple[int, int]
 

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from liplayers.core.checks import check_shape
+from liplayers.core.module import LipschitzModule, SettledModule
 from liplayers.errors import ArgumentError, ShapeError
-from liplayers.layers.base import LipschitzModule, SettledModule, check_shape
 from liplayers.linalg import upward
 
 __all__ = ["Concatenate", "Container", "Normalize", "Residual", "Scale"]

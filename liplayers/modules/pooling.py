@@ -9,9 +9,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from liplayers.core.checks import Size2d, check_positive, pair
+from liplayers.core.module import LipschitzModule
 from liplayers.errors import ArgumentError, ShapeError
-from liplayers.layers.base import LipschitzModule, check_positive
-from liplayers.layers.conv import Size2d, pair
 from liplayers.linalg import upward
 
 __all__ = ["AvgPool2d", "GlobalL2Pool2d", "L2Pool2d", "MaxPool2d", "PadChannels", "Patchify2d"]

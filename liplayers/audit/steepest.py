@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from liplayers.certification.attack import (
+from liplayers.audit.attack import (
     batches,
     check_counts,
     check_inputs,
@@ -18,7 +18,7 @@ from liplayers.certification.attack import (
     nearest_classes,
     seeded,
 )
-from liplayers.certification.ball import at_least_unit_norm, distance, random_direction, rows_like, uphill
+from liplayers.audit.ball import at_least_unit_norm, distance, random_direction, rows_like, uphill
 
 SCALES = (1e-3, 1e-1, 1.0)  # of difference quotients, times max(1, ‖x‖): evaluation errors, 1e-15, stay negligible
 ROUNDING = 1e-9  # of the largest Lipschitz constant: what difference quotients at these scales may err by

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from liplayers.core.checks import check_dtype, check_positive, check_shape
+from liplayers.core.module import LipschitzModule
 from liplayers.errors import ArgumentError, ShapeError
-from liplayers.layers.base import LipschitzModule, check_dtype, check_positive, check_shape
 
 __all__ = ["Centring", "PositionEmbedding"]
 

@@ -16,10 +16,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from liplayers.core.checks import check_positive
+from liplayers.core.intact import is_changed
+from liplayers.core.module import LipschitzModule
+from liplayers.core.precision import executed
+from liplayers.core.weights import ParametrizedModule
 from liplayers.errors import ArgumentError, ShapeError, UnknownNameError
-from liplayers.layers.base import LipschitzModule, ParametrizedModule, check_positive, executed
-from liplayers.layers.intact import is_changed
 from liplayers.linalg import upward
+from liplayers.linalg.lmi import Sector
 
 __all__ = [
     "ACTIVATIONS",
@@ -465,3 +469,13 @@ def get_activation(name: str | Callable[[], nn.Module]) -> nn.Module:
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise UnknownNameError.of("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]()
+
+
+def require_sector(owner: object, activation: nn.Module, made_for: Sector) -> None:
+    """Raise ArgumentError unless the activation's sector lies in the one that the weights of `owner` are made for."""
+    low, high = sector(owner, activation)
+    if low < made_for.low or high > made_for.high:
+        raise ArgumentError(
+            f"{type(owner).__name__}: activation={activation} has slopes in [{low:g}, {high:g}], the weights are made "
+            f"for [{made_for.low:g}, {made_for.high:g}]; build a new layer with this activation"
+        )

@@ -1,0 +1,1 @@
+"""Attacks and searches that try to refute a certificate."""
