@@ -16,8 +16,11 @@ class MirrorLinear(LipschitzLinear):
     Signal gain at initialisation: 1, at least √(out/in) on average. Cost: one outer product.
     Source: Householder 1958."""
 
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"raw": (max(self.in_features, self.out_features), 1)}
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None) -> None:
+        super().__init__(in_features, out_features)
+        self.raw = self.new_parameter((max(in_features, out_features), 1), device, dtype)
+        self.bias = self.new_parameter((out_features,), device, dtype) if bias else None
+        self.reset_parameters()
 
     def map_weight(self, raw: Tensor) -> Tensor:
         return block_reflector(raw, self.out_features, self.in_features)

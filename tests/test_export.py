@@ -23,12 +23,12 @@ import liplayers as lp
 from liplayers.core.module import LipschitzModule
 from liplayers.core.weights import ParametrizedModule
 from liplayers.errors import ArgumentError, ExportError, MissingPackageError, OutputError, ShapeError, UnknownBoundError
+from liplayers.modules.activations import FrozenHouseholder
+from liplayers.modules.containers import FrozenResidual
 from liplayers.modules.frozen import (
     FrozenFourierConv2d,
-    FrozenHouseholder,
     FrozenLMIBlock,
     FrozenPolynomialConv2d,
-    FrozenResidual,
     FrozenResidualBlock,
     Placement,
 )
@@ -354,14 +354,11 @@ class Parametrised(ParametrizedModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self._make_raw(None, None)
+        self.raw = self.new_parameter((3,))
         nn.init.ones_(self.raw)
 
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"raw": (3,)}
-
-    def compute_effective(self) -> Tensor:
-        return self.raw.tanh()
+    def map_weight(self, raw: Tensor) -> Tensor:
+        return raw.tanh()
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.effective()
@@ -462,11 +459,11 @@ def test_a_layer_on_images_of_several_sizes_or_of_none_raises():
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(self.conv(x)[..., ::2, ::2])
 
-    with pytest.raises(ArgumentError, match=r"conv \(BROConv2d\): got images of the sizes \(4, 4\), \(8, 8\)"):
+    with pytest.raises(ArgumentError, match=r"conv \(BROConv2d\): got inputs of the shapes \(\d, 4, 4\), \(\d, 8, 8\)"):
         lp.freeze(Pyramid(), (2, 8, 8))
     model = Pyramid()
     model.conv, model.unused = nn.Conv2d(2, 2, 1), lp.BROConv2d(2, 2, 3)
-    with pytest.raises(ArgumentError, match=r"unused \(BROConv2d\): got no image"):
+    with pytest.raises(ArgumentError, match=r"unused \(BROConv2d\): got no input"):
         lp.freeze(model, (2, 8, 8))
     with pytest.raises(ShapeError, match="does not accept inputs"):
         lp.freeze(model, (3, 8, 8))

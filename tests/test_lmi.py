@@ -65,9 +65,10 @@ def inequality(weights: ExplicitWeights, lipschitz: float, low: float, high: flo
 
 def running(block: Block, *key: int) -> ExplicitWeights:
     """The weights as they run, in float64, with the block's multipliers."""
+    grid = (key,) if key else ()
     with torch.no_grad():
-        values = [w.to(torch.complex128 if w.is_complex() else torch.float64) for w in block.effective(*key)]
-        return block.explicit_weights(*key).with_executed(values)
+        values = [w.to(torch.complex128 if w.is_complex() else torch.float64) for w in block.effective(*grid)]
+        return block.explicit_weights(*grid).with_executed(values)
 
 
 def assert_inequality(block: Block, *key: int) -> None:
@@ -201,7 +202,7 @@ def test_the_bound_is_that_of_the_weights_that_run():
     """Not of weights computed afresh."""
     block = LDLTBlock(4, dtype=torch.float64).eval().requires_grad_(False)
     block(torch.randn(1, 4).double())
-    block.compute_effective = lambda: tuple(2 * w for w in LDLTBlock.compute_effective(block))  # type: ignore
+    block.rounded = lambda weights: tuple(2 * w for w in LDLTBlock.rounded(block, weights))  # type: ignore
     block.double()  # which forgets what was kept
     assert block.lipschitz_bound() > 1.5
 

@@ -386,13 +386,13 @@ def test_what_somebody_sets_meanwhile_stays():
 
 def test_a_forward_pass_on_the_cpu_sets_nothing_where_torch_is_exact():
     layer, seen = lp.RKOConv2d(2, 2, 3), []
-    compute, before = layer.compute_effective, settings()
+    compute, before = layer.map_weight, settings()
 
     def spying(*key: Any) -> Any:
         seen.append(settings())
         return compute(*key)
 
-    layer.compute_effective = spying  # type: ignore[method-assign]
+    layer.map_weight = spying  # type: ignore[method-assign]
     layer(torch.rand(1, 2, 5, 5))
     assert seen == [before]
 
@@ -481,18 +481,18 @@ def test_a_twin_shares_tensors_and_effective_weights_and_nothing_else():
     assert other.parts[1]["scale"] is other[0]
     assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
     with torch.no_grad():
-        assert other[2].weight is model[2].weight
+        assert other[2].effective() is model[2].effective()
 
 
 def paused(layer: Any) -> tuple[threading.Event, threading.Event]:
     """The first computation of the weight says that it has begun, and goes on when it may (or in half a second)."""
-    begun, may_go_on, compute = threading.Event(), threading.Event(), type(layer).compute_effective
+    begun, may_go_on, compute = threading.Event(), threading.Event(), type(layer).map_weight
 
     class Paused(type(layer)):  # type: ignore[misc]
-        def compute_effective(self, *key: Any) -> Any:
+        def map_weight(self, *raw: Any) -> Any:
             first = not begun.is_set()
             begun.set()
-            weight = compute(self, *key)
+            weight = compute(self, *raw)
             if first:
                 may_go_on.wait(0.5)
             return weight

@@ -16,8 +16,7 @@ import liplayers as lp
 from liplayers.bounds import classifier_bounds, lipsdp_bound, torch_modules
 from liplayers.certification.network import CertifiedNetwork
 from liplayers.errors import ArgumentError, LipschitzError, ShapeError, UnknownBoundError
-from liplayers.modules.activations import sector, slope_range, tied_channels
-from liplayers.modules.frozen import FrozenHouseholder
+from liplayers.modules.activations import FrozenHouseholder, sector, slope_range, tied_channels
 
 
 def foreign(body: Callable, **parts: object) -> nn.Module:

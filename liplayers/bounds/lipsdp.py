@@ -52,9 +52,8 @@ from liplayers.linalg.verified import (
     _up,
     norm_enclosure,
 )
-from liplayers.modules.activations import TIED, Householder, slope_range, tied_channels
+from liplayers.modules.activations import TIED, FrozenHouseholder, Householder, slope_range, tied_channels
 from liplayers.modules.containers import Normalize, Scale
-from liplayers.modules.frozen import FrozenHouseholder
 
 __all__ = ["LipSDP", "lipsdp_bound"]
 

@@ -24,9 +24,14 @@ class SettledModule(nn.Module):
     is set a second time is refused, so constructors set each once; copies and pickles do not pass through here.
     """
 
+    frozen_for_one_shape = False  # whether what `frozen` returns accepts inputs of one shape only
+
     def __setattr__(self, name: str, value: Any) -> None:
         self._check_not_settled(name)
-        super().__setattr__(name, value)
+        if isinstance(getattr(type(self), name, None), property):  # nn.Module would register a parameter beside it
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         self._check_not_settled(name)
@@ -92,9 +97,8 @@ class LipschitzModule(SettledModule):
         return {}
 
     def frozen(self, shape: tuple[int, ...] | None) -> nn.Module:
-        """What `liplayers.freeze` puts in its place, for a layer that computes otherwise than the shared base classes.
+        """What `liplayers.freeze` puts in its place: plain modules with computed weights, its own children as they are.
 
-        Plain modules with computed weights, equal to this one in eval mode on inputs of `shape` (without the batch;
-        None where it is not known).
+        Equal to this one in eval mode on inputs of `shape` (without the batch; None where none, or several, are known).
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement frozen()")

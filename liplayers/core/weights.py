@@ -1,9 +1,8 @@
-"""The layer contract: effective weights, their cache, the argument checks, and the bound.
+"""Weights that are computed: raw parameters, the method that maps them to a weight, and the cache that hands it out.
 
-A layer holds *raw* parameters; its effective weight is a pure function of them. Nothing else is state, so nothing can
-go stale: the cache of an effective weight is used only while every raw parameter equals, element by element, what the
-weight was computed from. A version counter would be cheaper to compare, but `param.data.copy_()`, which swaps of
-averaged weights use, does not advance it.
+The weight is a pure function of the raw parameters. Nothing else is state, so nothing can go stale: a kept weight is
+used only while every raw parameter equals, element by element, what it was computed from. A version counter would be
+cheaper to compare, but `param.data.copy_()`, which swaps of averaged weights use, does not advance it.
 """
 
 from __future__ import annotations
@@ -18,11 +17,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from liplayers.core.checks import check_dtype, check_shape
 from liplayers.core.module import LipschitzModule
 from liplayers.core.precision import exact_precision, executed_dtype
+from liplayers.errors import ArgumentError, SettledError, ShapeError
 
 _shared: ContextVar[dict | None] = ContextVar("liplayers_shared_weights", default=None)
 _SIZES_KEPT = 4
@@ -39,7 +39,7 @@ def cached() -> Iterator[None]:
     >>> from liplayers import AOLLinear
     >>> layer = AOLLinear(4, 4)
     >>> with cached():
-    ...     layer.weight is layer.weight
+    ...     layer.effective() is layer.effective()
     True
     """
     token = _shared.set({}) if _shared.get() is None else None
@@ -65,59 +65,137 @@ class _Kept:
         return _Kept, ()
 
 
-class ParametrizedModule(LipschitzModule):
-    """A module whose effective weight is a pure function of its raw parameters.
+class ComputedWeight(Tensor):
+    """A weight that a layer computed, to be read: what is written into it would change nothing, and raises.
 
-    Subclasses state the shapes of those parameters in `raw_shapes` and implement `compute_effective(*key)`, which
-    returns a tensor or a tuple of tensors; `effective(*key)` calls it with autocast off, in float32 at least, and
-    caches.
+    >>> from liplayers import AOLLinear
+    >>> torch.nn.init.zeros_(AOLLinear(2, 2).weight)
+    Traceback (most recent call last):
+    ...
+    liplayers.errors.SettledError: weight is computed from the raw parameters, and zero_ would not change it: \
+set layer.weight = W, or the raw parameters (or write into a clone)
     """
 
-    raw_names: tuple[str, ...] = ("raw",)
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__
+        target = kwargs.get("out", kwargs.get("tensor", args[0] if args else None))
+        ours = any(isinstance(t, cls) for t in (target if isinstance(target, tuple | list) else (target,)))
+        in_place = name.endswith("_") and not name.startswith("_") and name != "requires_grad_"
+        if ours and (in_place or "out" in kwargs or name in _WRITES or func == _SET_DATA):
+            raise SettledError(
+                f"weight is computed from the raw parameters, and {name} would not change it: set layer.weight = W, or "
+                f"the raw parameters (or write into a clone)"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in ("__reduce_ex__", "__deepcopy__"):
+                return func(args[0].as_subclass(Tensor), *args[1:])
+            result = func(*args, **kwargs)
+            return result.as_subclass(cls) if ours and (name in _VIEWS or func == _GET_DATA) else result
+
+
+_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
+_IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_WRITES = frozenset({"__setitem__", *(f"__i{name}__" for name in _IN_PLACE)})
+_VIEWS = frozenset({"detach", "__getitem__", "view", "view_as", "reshape", "flatten", "diagonal", "t", "transpose"})
+
+
+class ParametrizedModule(LipschitzModule):
+    """A module whose weight is a pure function of its raw parameters, in three steps.
+
+    1. `__init__` makes the raw parameters, in the open: `self.raw = self.new_parameter(shape, device, dtype)`.
+    2. `map_weight(*raw parameters)` maps them, in the order in which they were made, to the weight: the one method that
+       a family has to implement.
+    3. `effective()` hands the weight out, kept for as long as the raw parameters are what they were; `weight` shows it.
+
+    Attributes:
+        has_weight: whether the weight is one dense tensor as torch's layers have it.
+        run_as_they_are: names of parameters that are not mapped.
+        constant_bound: whether the bound is the same whatever the raw parameters are.
+        range_exponent: of the least normal number: raw entries below count as zero, above its inverse as that.
+    """
+
+    has_weight = False
+    run_as_they_are: frozenset[str] = frozenset({"bias", "hidden_bias"})
     raw: nn.Parameter
-    constant_bound = True  # whatever the raw parameters are
-    range_exponent = 0.4  # of the least normal number: raw entries below count as zero, above its inverse as that
+    constant_bound = True
+    range_exponent = 0.4
+
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not abstract and cls.map_weight is ParametrizedModule.map_weight:
+            raise TypeError(
+                f"{cls.__name__}: it has no map_weight(); expected a method that maps its raw parameters to the weight "
+                f"(or class {cls.__name__}(…, abstract=True))"
+            )
 
     def __init__(self) -> None:
         super().__init__()
         self._kept = _Kept()
+        self._raw_shapes: dict[str, tuple[int, ...]] = {}
 
-    compute_effective: Callable[..., Any]
-
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of each raw parameter, "raw" first."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement raw_shapes()")
-
-    def _make_raw(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        shapes = self.raw_shapes()
+    def new_parameter(
+        self, shape: Sequence[int], device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> nn.Parameter:
+        """A parameter to be filled by `reset_parameters`."""
         check_dtype(self, dtype)
-        self.raw_names = tuple(shapes)
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        return nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype))
 
-    def effective(self, *key: Any) -> Any:
-        """The effective weight; `key` holds what else it depends on (the grid of a Fourier layer).
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if param is not None and name not in self.run_as_they_are:
+            self._raw_shapes.setdefault(name, tuple(param.shape))
+
+    @property
+    def raw_names(self) -> tuple[str, ...]:
+        """The raw parameters, in the order in which they were made."""
+        return tuple(self._raw_shapes)
+
+    def map_weight(self, *raw: Any, **size: Any) -> Any:
+        """(*raw parameters, in float32 at least) → the weight, a tensor or several."""
+        raise NotImplementedError
+
+    def rounded(self, weight: Any) -> Any:
+        """The weight as it runs: real tensors in the dtype of the raw parameters."""
+        dtype = getattr(self, self.raw_names[0]).dtype
+        return tree_map(lambda w: w if w.is_complex() else w.to(dtype), weight)
+
+    def exact_weight(self, *size: Any) -> Any:
+        """The weight before it is rounded to the dtype that it runs in."""
+        with exact_precision(self.raw_device):
+            return self.map_weight(*self.raw_values(), *size)
+
+    def exact_and_executed(self) -> list[tuple[Tensor, Tensor]]:
+        """Each tensor of the weight in float64: before it is rounded, and as it runs here and now."""
+        with torch.no_grad():
+            exact = self.exact_weight()
+            pairs = zip(tree_leaves(exact), tree_leaves(self.rounded(exact)), strict=True)
+            return [(weight.double(), run.to(self.executed_dtype()).double()) for weight, run in pairs]
+
+    def effective(self, *size: Any) -> Any:
+        """The weight; `size` is there for families whose weight depends on that of the grid.
 
         Where gradients with respect to the raw parameters are needed, it is computed afresh at each call (once inside
         `cached()`); otherwise once, until a raw parameter changes in any way.
         """
         if torch.compiler.is_compiling() or _in_func_transform():
-            return self._compute(*key)
+            return self._compute(*size)
         raw = [getattr(self, name) for name in self.raw_names]
         if torch.is_grad_enabled() and any(p.requires_grad for p in raw):
             shared = _shared.get()
             if shared is None:
-                return self._compute(*key)
+                return self._compute(*size)
             versions = _versions(raw)
-            entry = shared.get((self, key))
+            entry = shared.get((self, size))
             # the parameters themselves, not their addresses: torch.func.functional_call puts others in their place
             if entry is None or entry[1] != versions or not all(map(operator.is_, entry[0], raw)):
-                entry = shared[(self, key)] = (raw, versions, self._compute(*key))
+                entry = shared[(self, size)] = (raw, versions, self._compute(*size))
             return entry[2]
         kept, differentiable = self._kept, torch.is_grad_enabled()
         with kept.lock:
             unchanged = len(kept.raw) == len(raw) and all(map(_identical, kept.raw, raw))
-            entry = kept.weights.get(key) if unchanged else None
+            entry = kept.weights.get(size) if unchanged else None
             # nobody wrote into the weight that was handed out
             if entry is not None and entry[0] == _versions(entry[1]):
                 return entry[1]
@@ -125,11 +203,11 @@ class ParametrizedModule(LipschitzModule):
             with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
                 if not unchanged:
                     kept.raw, kept.weights = [p.detach().clone() for p in raw], {}
-                kept.weights.pop(key, None)
+                kept.weights.pop(size, None)
                 if len(kept.weights) >= _SIZES_KEPT:
                     kept.weights.pop(next(iter(kept.weights)))
-                weight = self._holding(kept.raw)._compute(*key)
-                kept.weights[key] = (_versions(weight), weight)
+                weight = self._holding(kept.raw)._compute(*size)
+                kept.weights[size] = (_versions(weight), weight)
             return weight
 
     def _holding(self, raw: Sequence[Tensor]) -> Self:
@@ -138,12 +216,79 @@ class ParametrizedModule(LipschitzModule):
         other._parameters = {**self._parameters, **dict(zip(self.raw_names, raw, strict=True))}  # type: ignore[arg-type]
         return other
 
-    def _compute(self, *key: Any) -> Any:
-        for name, shape in self.raw_shapes().items():
+    def _compute(self, *size: Any) -> Any:
+        for name, shape in self._raw_shapes.items():
             check_shape(self, name, getattr(self, name), shape)
             check_dtype(self, getattr(self, name).dtype)
+        return self.rounded(self.exact_weight(*size))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, to be read: writing into it raises. `layer.weight = W` is `assign_weight(W)`."""
+        if not self.has_weight:
+            raise AttributeError
+        weight = self.effective()
+        plain = torch.compiler.is_compiling() or _in_func_transform()
+        return weight if plain else weight.as_subclass(ComputedWeight)
+
+    @weight.setter
+    def weight(self, weight: Tensor) -> None:
+        self.assign_weight(weight)
+
+    @torch.no_grad()
+    def assign_weight(self, weight: Tensor) -> float:
+        """Start from a dense weight: set the raw parameters so that the layer's comes near it.
+
+        Args:
+            weight: of the shape of `weight`.
+
+        Returns:
+            ‖W − weight‖_F for the weight W that the layer now has. Where the family has a nearest member (orthogonal
+            matrices: the polar factor) it is that; elsewhere it is what `raw_from_weight` finds.
+
+        Raises:
+            ArgumentError: the family has no dense weight; numbers that are not finite.
+            ShapeError: another shape.
+        """
+        name = type(self).__name__
+        if not self.has_weight:
+            raise ArgumentError(
+                f"{name}: it has no dense weight to start from; set {', '.join(self.raw_names)}, or use a family with "
+                f"one, such as AOLLinear or AOCConv2d"
+            )
+        expected = tuple(self.effective().shape)
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != expected:
+            got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
+            raise ShapeError(f"{name}: weight = {got}; expected a tensor of shape {expected}")
+        if weight.is_complex() or not weight.isfinite().all():
+            raise ArgumentError(f"{name}: weight holds numbers that are not real and finite")
+        target = weight.detach().to(self.raw_device, torch.float64)
         with exact_precision(self.raw_device):
-            return self.compute_effective(*key)
+            found = self.raw_from_weight(target)
+        for raw, value in zip(self.raw_names, found, strict=True):
+            getattr(self, raw).copy_(value)
+        return torch.linalg.vector_norm(self.effective().double() - target).item()
+
+    def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
+        """Raw parameters whose weight is a dense one in float64, or comes near it: by `fitted` without a formula."""
+        return self.fitted(weight, [getattr(self, name) for name in self.raw_names])
+
+    def fitted(self, weight: Tensor, start: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Raw parameters whose weight comes near a dense one: by L-BFGS on the squared distance, a local minimum."""
+        raw = [p.detach().double().requires_grad_() for p in start]
+        optimizer = torch.optim.LBFGS(
+            raw, max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+        )
+
+        @torch.enable_grad()
+        def distance() -> Tensor:
+            optimizer.zero_grad()
+            squared = (self.map_weight(*raw) - weight).square().sum()
+            squared.backward()
+            return squared
+
+        optimizer.step(distance)
+        return [p.detach() for p in raw]
 
     @property
     def raw_device(self) -> torch.device:

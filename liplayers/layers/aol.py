@@ -6,10 +6,13 @@ inputs), strided kernels are rescaled in their polyphase form, which is tighter,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from liplayers.core.checks import Size2d
 from liplayers.core.registry import Family, register
 from liplayers.layers.bases.dense import LipschitzLinear
 from liplayers.layers.bases.kernel import KernelConv2d, LipschitzConvTranspose2d
@@ -47,6 +50,23 @@ class AOLLinear(LipschitzLinear):
     (torch.Size([2, 5]), True)
     """
 
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.raw = self.new_parameter((out_features, in_features), device, dtype)
+        self.bias = self.new_parameter((out_features,), device, dtype) if bias else None
+        self.reset_parameters()
+
+    def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
+        """The weight itself, which is rescaled."""
+        return [weight]
+
     def map_weight(self, raw: Tensor) -> Tensor:
         P, _ = unit_scale(raw)  # the weight does not depend on the scale
         scale = safe_rsqrt(gram(P).abs().sum(-1))
@@ -76,16 +96,41 @@ class AOLConv2d(KernelConv2d):
     torch.Size([1, 8, 5, 5])
     """
 
-    def map_kernel(self, raw: Tensor) -> Tensor:
-        P, _ = unit_scale(raw)  # the weight does not depend on the scale
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d | str = 0,
+        dilation: Size2d = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        self.raw = self.new_parameter((out_channels, in_channels // groups, *self.kernel_size), device, dtype)
+        self.bias = self.new_parameter((out_channels,), device, dtype) if bias else None
+        self.reset_parameters()
+
+    def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
+        """The weight itself, which is rescaled."""
+        return [weight]
+
+    def map_weight(self, raw: Tensor) -> Tensor:
+        P, _ = unit_scale(rearrange(raw, "(g o) i a b -> g o i a b", g=self.groups))  # whatever its scale
         phases = polyphase(P, self.stride, self.dilation)
         inputs = phases.shape[2] <= phases.shape[1]
         scale = safe_rsqrt(autocorrelation(phases, "in" if inputs else "out").abs().sum((2, 3, 4)))
-        if not inputs:
-            return P * rearrange(scale, "g o -> g o 1 1 1")
-        (sh, sw), (kh, kw), (dh, dw) = self.stride, self.kernel_size, self.dilation
-        scale = rearrange(scale, "g (i a b) -> g 1 i a b", a=sh, b=sw)
-        return P * scale[..., tap_phases(kh, sh, dh), :][..., tap_phases(kw, sw, dw)]
+        if inputs:
+            (sh, sw), (kh, kw), (dh, dw) = self.stride, self.kernel_size, self.dilation
+            scale = rearrange(scale, "g (i a b) -> g 1 i a b", a=sh, b=sw)
+            scale = scale[..., tap_phases(kh, sh, dh), :][..., tap_phases(kw, sw, dw)]
+        else:
+            scale = rearrange(scale, "g o -> g o 1 1 1")
+        return rearrange(P * scale, "g o i a b -> (g o) i a b")
 
 
 class AOLConvTranspose2d(LipschitzConvTranspose2d):
@@ -101,6 +146,24 @@ class AOLConvTranspose2d(LipschitzConvTranspose2d):
     """
 
     family = AOLConv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d = 0,
+        output_padding: Size2d = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Size2d = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        geometry = (kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
+        super().__init__(in_channels, out_channels, *geometry, device, dtype)
 
 
 register(Family("aol", linear=AOLLinear, conv=AOLConv2d, conv_transpose=AOLConvTranspose2d))

@@ -11,16 +11,19 @@ of a few Björck iterations, and the raw parameters start where the kernel is a 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from liplayers.core.checks import Size2d
 from liplayers.core.registry import Family, register
 from liplayers.errors import ArgumentError
 from liplayers.layers.bases.kernel import KernelConv2d, LipschitzConvTranspose2d
 from liplayers.linalg.orthogonal import cholesky_orthogonal, fill_orthogonal_, projector
+from liplayers.linalg.stiefel import nearest_orthogonal
 
 __all__ = ["AOCConv2d", "AOCConvTranspose2d", "BCOPConv2d"]
 
@@ -75,6 +78,31 @@ class AOCConv2d(KernelConv2d):
     True
     """
 
+    factors: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d | str = 0,
+        dilation: Size2d = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        inner = self._inner
+        columns = inner * math.prod(self._block)
+        self.raw = self.new_parameter((groups, out_channels // groups, columns), device, dtype)
+        shape = (groups, len(self._steps), inner, inner // 2)
+        self.factors = self.new_parameter(shape, device, dtype) if self._steps and inner > 1 else None
+        self.bias = self.new_parameter((out_channels,), device, dtype) if bias else None
+        self.reset_parameters()
+
     def _check_arguments(self) -> None:
         super()._check_arguments()
         for s, d, b in zip(self.stride, self.dilation, self._block, strict=True):
@@ -106,29 +134,28 @@ class AOCConv2d(KernelConv2d):
         """Channels of a group between the two parts: as many as keep the composition orthogonal."""
         return max(self.in_channels, self.out_channels // math.prod(self.stride)) // self.groups
 
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        inner = self._inner
-        columns = inner * math.prod(self._block)
-        shapes: dict[str, tuple[int, ...]] = {"raw": (self.groups, self.out_channels // self.groups, columns)}
-        if self._steps and inner > 1:
-            shapes["factors"] = (self.groups, len(self._steps), inner, inner // 2)
-        return shapes
-
     def reset_parameters(self) -> None:
         """Random orthogonal M; projectors in equal pairs, whose taps cancel to one; no bias."""
         for group in self.raw:
             fill_orthogonal_(group)
-        if "factors" in self.raw_names:
-            factors = self.get_parameter("factors")
+        if self.factors is not None:
             with torch.no_grad():
-                nn.init.normal_(factors)
+                nn.init.normal_(self.factors)
                 for i, (_, backwards) in enumerate(self._steps):
                     if backwards:
-                        factors[:, i] = factors[:, i - 1]
+                        self.factors[:, i] = self.factors[:, i - 1]
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def map_kernel(self, raw: Tensor, factors: Tensor | None = None) -> Tensor:
+    def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
+        """By `fitted`; without stride from M, the sum of the taps, which no projector changes."""
+        M, *factors = (getattr(self, name) for name in self.raw_names)
+        if self._block == (1, 1):
+            sums = rearrange(weight.sum((2, 3)), "(g o) i -> g o i", g=self.groups)
+            M = nearest_orthogonal(F.pad(sums, (0, self._inner - sums.shape[2])))
+        return self.fitted(weight, [M, *factors])
+
+    def map_weight(self, raw: Tensor, factors: Tensor | None = None) -> Tensor:
         bh, bw = self._block
         kernel = rearrange(cholesky_orthogonal(raw), "g o (i a b) -> g o i a b", a=bh, b=bw)
         if factors is None:  # a single channel inside has no projectors but 0 and 1: shifts
@@ -138,7 +165,7 @@ class AOCConv2d(KernelConv2d):
             projectors = projector(factors)
             for i, (axis, backwards) in enumerate(self._steps):
                 kernel = compose_projector(kernel, projectors[:, i], axis, backwards)
-        return kernel[:, :, : self.in_channels // self.groups]
+        return rearrange(kernel[:, :, : self.in_channels // self.groups], "g o i a b -> (g o) i a b")
 
 
 class BCOPConv2d(AOCConv2d):
@@ -166,6 +193,23 @@ class BCOPConv2d(AOCConv2d):
     True
     """
 
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d | str = 0,
+        dilation: Size2d = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        geometry = (kernel_size, stride, padding, dilation, groups)
+        super().__init__(in_channels, out_channels, *geometry, bias, padding_mode, device, dtype)
+
     def _check_arguments(self) -> None:
         super()._check_arguments()
         if self.stride != (1, 1):
@@ -185,6 +229,24 @@ class AOCConvTranspose2d(LipschitzConvTranspose2d):
     """
 
     family = AOCConv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d = 0,
+        output_padding: Size2d = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Size2d = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        geometry = (kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
+        super().__init__(in_channels, out_channels, *geometry, device, dtype)
 
 
 register(Family("bcop", conv=BCOPConv2d, orthogonal=frozenset({"conv"})))

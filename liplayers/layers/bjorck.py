@@ -6,6 +6,8 @@ contraction, and each step is scaled for the fastest worst case.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from liplayers.layers.bases.dense import LipschitzLinear
 from liplayers.layers.bases.kernel import LipschitzConvTranspose2d
 from liplayers.layers.rko import RKOConv2d
 from liplayers.linalg.orthogonal import newton_schulz
+from liplayers.linalg.stiefel import nearest_orthogonal
 
 __all__ = ["BjorckConv2d", "BjorckConvTranspose2d", "BjorckLinear"]
 
@@ -54,9 +57,16 @@ class BjorckLinear(LipschitzLinear):
         *,
         iterations: int = 13,
     ) -> None:
+        super().__init__(in_features, out_features)
         check_positive(self, iterations=iterations)
-        super().__init__(in_features, out_features, bias, device, dtype)
         self.iterations = iterations
+        self.raw = self.new_parameter((out_features, in_features), device, dtype)
+        self.bias = self.new_parameter((out_features,), device, dtype) if bias else None
+        self.reset_parameters()
+
+    def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
+        """Its polar factor, the nearest orthogonal matrix."""
+        return [nearest_orthogonal(weight)]
 
     def map_weight(self, raw: Tensor) -> Tensor:
         return newton_schulz(raw, self.iterations)
@@ -106,9 +116,9 @@ class BjorckConv2d(RKOConv2d):
         *,
         iterations: int = 13,
     ) -> None:
-        check_positive(self, iterations=iterations)
         geometry = (kernel_size, stride, padding, dilation, groups)
         super().__init__(in_channels, out_channels, *geometry, bias, padding_mode, device, dtype)
+        check_positive(self, iterations=iterations)
         self.iterations = iterations
 
     def orthogonalise(self, matrix: Tensor) -> Tensor:
@@ -131,6 +141,24 @@ class BjorckConvTranspose2d(LipschitzConvTranspose2d):
     """
 
     family = BjorckConv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d = 0,
+        output_padding: Size2d = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Size2d = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        geometry = (kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
+        super().__init__(in_channels, out_channels, *geometry, device, dtype)
 
 
 register(

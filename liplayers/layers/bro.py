@@ -8,8 +8,10 @@ dropping the last inputs, and the noise of the start is the same at every depth 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liplayers.core.checks import Size2d
@@ -17,6 +19,7 @@ from liplayers.core.registry import Family, register
 from liplayers.errors import ArgumentError
 from liplayers.layers.bases.dense import LipschitzLinear
 from liplayers.layers.bases.fourier import FourierConv2d
+from liplayers.linalg.fourier import Grid, transfer_matrix
 from liplayers.linalg.orthogonal import block_reflector
 
 __all__ = ["BROConv2d", "BROLinear"]
@@ -81,17 +84,23 @@ class BROLinear(LipschitzLinear):
         *,
         rank_ratio: float = 0.5,
     ) -> None:
+        super().__init__(in_features, out_features)
         _check_rank_ratio(self, rank_ratio)
         self.rank_ratio = rank_ratio
-        super().__init__(in_features, out_features, bias, device, dtype)
-
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        n = max(self.in_features, self.out_features)
-        return {"raw": (n, _rank(n, self.rank_ratio))}
+        n = max(in_features, out_features)
+        self.raw = self.new_parameter((n, _rank(n, rank_ratio)), device, dtype)
+        self.bias = self.new_parameter((out_features,), device, dtype) if bias else None
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Quasi-residual V = I + noise where square, Gaussian V elsewhere, no bias."""
         _reset(self, self.in_features == self.out_features)
+
+    def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
+        """The directions that the nearest reflection turns: eigenvectors of the least eigenvalues of (W + Wᵀ)/2."""
+        n, rank = self.raw.shape
+        square = F.pad(weight, (0, n - self.in_features, 0, n - self.out_features))
+        return [torch.linalg.eigh(square + square.mT).eigenvectors[:, :rank]]
 
     def map_weight(self, raw: Tensor) -> Tensor:
         return block_reflector(raw, self.out_features, self.in_features)
@@ -145,22 +154,21 @@ class BROConv2d(FourierConv2d):
         *,
         rank_ratio: float = 0.5,
     ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         _check_rank_ratio(self, rank_ratio)
         self.rank_ratio = rank_ratio
-        geometry = (kernel_size, stride, padding, dilation, groups)
-        super().__init__(in_channels, out_channels, *geometry, bias, padding_mode, device, dtype)
-
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        channels, kh, kw = self._unshuffled
-        n = max(channels, self.out_channels)
-        return {"raw": (n, _rank(n, self.rank_ratio), kh, kw)}
+        channels, kh, kw = self.unshuffled
+        n = max(channels, out_channels)
+        self.raw = self.new_parameter((n, _rank(n, rank_ratio), kh, kw), device, dtype)
+        self.bias = self.new_parameter((out_channels,), device, dtype) if bias else None
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Quasi-residual V = I + noise where square, Gaussian V elsewhere, no bias."""
-        _reset(self, self._unshuffled[0] == self.out_channels)
+        _reset(self, self.unshuffled[0] == self.out_channels)
 
-    def map_transfer(self, transfer: Tensor) -> Tensor:
-        return block_reflector(transfer, self.out_channels, self._unshuffled[0])
+    def map_weight(self, raw: Tensor, grid: Grid) -> Tensor:
+        return block_reflector(transfer_matrix(raw, grid), self.out_channels, self.unshuffled[0])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank_ratio={self.rank_ratio}"

@@ -7,14 +7,18 @@ offered, and what rounding leaves beyond norm 1 (much, once the gain is large) i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from liplayers.core.checks import Size2d
 from liplayers.core.registry import Family, register
 from liplayers.layers.bases.dense import LipschitzLinear
 from liplayers.layers.bases.fourier import FourierConv2d
-from liplayers.linalg.orthogonal import cayley
+from liplayers.linalg.fourier import Grid, transfer_matrix
+from liplayers.linalg.orthogonal import cayley, cayley_inverse
+from liplayers.linalg.stiefel import nearest_orthogonal
 
 __all__ = ["CayleyConv2d", "CayleyLinear"]
 
@@ -25,11 +29,11 @@ def _rescale(raw: Tensor, gain: Tensor) -> Tensor:
     return raw * (gain / torch.where(norm > 0, norm, 1))
 
 
-def _reset(module: LipschitzLinear | FourierConv2d) -> None:
+def _reset(module: CayleyLinear | CayleyConv2d) -> None:
     fan = module.raw.shape[0] + module.raw.shape[1]
     nn.init.normal_(module.raw, std=math.sqrt(2 / (fan * math.prod(module.raw.shape[2:]))))
     norm = torch.linalg.vector_norm(module.raw.detach().float()).to(module.raw.dtype)
-    module.get_parameter("gain").data.fill_(norm)
+    module.gain.data.fill_(norm)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
 
@@ -57,12 +61,30 @@ class CayleyLinear(LipschitzLinear):
     True
     """
 
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {**super().raw_shapes(), "gain": (1,)}
+    gain: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.raw = self.new_parameter((out_features, in_features), device, dtype)
+        self.gain = self.new_parameter((1,), device, dtype)
+        self.bias = self.new_parameter((out_features,), device, dtype) if bias else None
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Gaussian P, the gain equal to its norm, no bias."""
         _reset(self)
+
+    def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
+        """Of its polar factor."""
+        P = cayley_inverse(nearest_orthogonal(weight))
+        return [P, torch.linalg.vector_norm(P)[None]]
 
     def map_weight(self, raw: Tensor, gain: Tensor) -> Tensor:
         return cayley(_rescale(raw, gain))
@@ -95,18 +117,35 @@ class CayleyConv2d(FourierConv2d):
     True
     """
 
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {**super().raw_shapes(), "gain": (1,)}
+    gain: nn.Parameter
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d | str = 0,
+        dilation: Size2d = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        channels, kh, kw = self.unshuffled
+        self.raw = self.new_parameter((out_channels, channels, kh, kw), device, dtype)
+        self.gain = self.new_parameter((1,), device, dtype)
+        self.bias = self.new_parameter((out_channels,), device, dtype) if bias else None
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Gaussian P, the gain equal to its norm, no bias."""
         _reset(self)
 
-    def map_kernel(self, raw: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
-        return _rescale(raw, gain)
-
-    def map_transfer(self, transfer: Tensor) -> Tensor:
-        return cayley(transfer)
+    def map_weight(self, raw: Tensor, gain: Tensor, grid: Grid) -> Tensor:
+        return cayley(transfer_matrix(_rescale(raw, gain), grid))
 
 
 register(Family("cayley", linear=CayleyLinear, conv=CayleyConv2d, orthogonal=frozenset({"linear", "conv"})))

@@ -6,12 +6,18 @@ only, and a convolution per frequency is offered, too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
+from liplayers.core.checks import Size2d
 from liplayers.core.registry import Family, register
 from liplayers.layers.bases.dense import LipschitzLinear
 from liplayers.layers.bases.fourier import FourierConv2d
+from liplayers.linalg.fourier import Grid, transfer_matrix
 from liplayers.linalg.orthogonal import cholesky_orthogonal
+from liplayers.linalg.stiefel import nearest_orthogonal
 
 __all__ = ["CholeskyConv2d", "CholeskyLinear"]
 
@@ -39,6 +45,23 @@ class CholeskyLinear(LipschitzLinear):
     >>> torch.allclose(W @ W.T, torch.eye(5), atol=1e-5)
     True
     """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.raw = self.new_parameter((out_features, in_features), device, dtype)
+        self.bias = self.new_parameter((out_features,), device, dtype) if bias else None
+        self.reset_parameters()
+
+    def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
+        """Its polar factor, the nearest orthogonal matrix."""
+        return [nearest_orthogonal(weight)]
 
     def map_weight(self, raw: Tensor) -> Tensor:
         return cholesky_orthogonal(raw)
@@ -72,8 +95,28 @@ class CholeskyConv2d(FourierConv2d):
     True
     """
 
-    def map_transfer(self, transfer: Tensor) -> Tensor:
-        return cholesky_orthogonal(transfer)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d | str = 0,
+        dilation: Size2d = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        channels, kh, kw = self.unshuffled
+        self.raw = self.new_parameter((out_channels, channels, kh, kw), device, dtype)
+        self.bias = self.new_parameter((out_channels,), device, dtype) if bias else None
+        self.reset_parameters()
+
+    def map_weight(self, raw: Tensor, grid: Grid) -> Tensor:
+        return cholesky_orthogonal(transfer_matrix(raw, grid))
 
 
 register(Family("cholesky", linear=CholeskyLinear, conv=CholeskyConv2d, orthogonal=frozenset({"linear", "conv"})))

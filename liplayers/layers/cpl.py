@@ -64,11 +64,26 @@ class CPLBlock(DenseBlock):
     True
     """
 
+    def __init__(
+        self,
+        features: int,
+        hidden_features: int | None = None,
+        bias: bool = True,
+        *,
+        activation: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(features, hidden_features, activation)
+        self.raw = self.new_parameter((self.hidden_features, features), device, dtype)
+        self.bias = self.new_parameter((self.hidden_features,), device, dtype) if bias else None
+        self.reset_parameters()
+
     def reset_parameters(self) -> None:
         """As many orthonormal hidden units as there are inputs, small further ones; no bias."""
         _reset(self)
 
-    def map_pair(self, raw: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def map_weight(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         K, scale = unit_scale(raw)
         return raw, _outgoing(K, gram_iteration_bound(K), scale)
 
@@ -101,11 +116,29 @@ class CPLConv2dBlock(Conv2dBlock):
     torch.Size([2, 4, 7, 5])
     """
 
+    def __init__(
+        self,
+        channels: int,
+        hidden_channels: int | None = None,
+        kernel_size: int = 3,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        activation: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, hidden_channels, kernel_size, padding_mode, activation)
+        shape = (self.hidden_channels, channels, kernel_size, kernel_size)
+        self.raw = self.new_parameter(shape, device, dtype)
+        self.bias = self.new_parameter((self.hidden_channels,), device, dtype) if bias else None
+        self.reset_parameters()
+
     def reset_parameters(self) -> None:
         """As many orthonormal hidden units as there are inputs, small further ones; no bias."""
         _reset(self)
 
-    def map_pair(self, raw: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def map_weight(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         K, scale = unit_scale(raw)
         return raw, _outgoing(K, symbol_norm_bound(K[None])[0], scale)
 

@@ -9,10 +9,10 @@ import math
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from liplayers.core.registry import Family, register
-from liplayers.layers.bases.lmi import DenseLMIBlock, orthogonal_
+from liplayers.layers.bases.lmi import DenseLMIBlock, Sizes, orthogonal_
 from liplayers.linalg.lmi import ExplicitWeights
 from liplayers.linalg.orthogonal import to_double
 
@@ -59,11 +59,25 @@ class GershgorinBlock(DenseLMIBlock):
 
     unit_slopes_only = True
 
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        inner = [(new, old) for old, new in pairwise(self.sizes)]
-        names = [f"raw_{i}" for i in range(1, len(self.sizes))]
-        last = {"raw_out": (self.outputs, self.sizes[-1])}
-        return {"raw": (self.outputs, self.sizes[0]), **dict(zip(names, inner, strict=True)), **last}
+    def __init__(
+        self,
+        features: int,
+        hidden_features: Sizes | None = None,
+        out_features: int | None = None,
+        bias: bool = True,
+        *,
+        activation: nn.Module | None = None,
+        lipschitz: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(features, hidden_features, out_features, activation, lipschitz)
+        self.raw = self.new_parameter((self.outputs, features), device, dtype)
+        for i, (old, new) in enumerate(pairwise(self.sizes), 1):
+            self.register_parameter(f"raw_{i}", self.new_parameter((new, old), device, dtype))
+        self.raw_out = self.new_parameter((self.outputs, self.sizes[-1]), device, dtype)
+        self.make_biases(bias, device, dtype)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Ã = I, orthogonal C̃_l (C_l = I after four layers), a small B̃, no bias."""
@@ -74,8 +88,8 @@ class GershgorinBlock(DenseLMIBlock):
         nn.init.eye_(first)
         self.reset_biases()
 
-    def explicit_weights(self) -> ExplicitWeights:
-        A, *inner, B = (to_double(p) for p in self.raw_values())
+    def map_weight(self, *raw: Tensor) -> ExplicitWeights:
+        A, *inner, B = map(to_double, raw)
         largest = torch.maximum(A.detach().abs().amax(), B.detach().abs().amax())
         unit = torch.where(largest > 0, largest, 1)  # s does not change, and no product overflows
         A, B = A / unit, B / unit

@@ -8,10 +8,16 @@ LMI is reached (within limits that float64 sets), SLL blocks and sandwich layers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from liplayers.core.registry import Family, register
-from liplayers.layers.bases.lmi import Conv2dLMIBlock, DenseLMIBlock, orthogonal_
+from liplayers.layers.bases.lmi import Conv2dLMIBlock, DenseLMIBlock, Sizes, orthogonal_
+from liplayers.linalg.fourier import transfer_matrix
 from liplayers.linalg.lmi import ExplicitWeights, ldlt_weights, limited
 from liplayers.linalg.orthogonal import to_double
 
@@ -22,15 +28,24 @@ SCALE = 10.0  # V = 10·raw: an orthogonal raw matrix stands for a contraction w
 Block = DenseLMIBlock | Conv2dLMIBlock
 
 
-def _shapes(block: Block, skip: bool, taps: tuple[int, ...] = ()) -> dict[str, tuple[int, ...]]:
-    sizes = block.sizes
-    inner = [(new, old, *taps) for new, old in zip(sizes[1:], sizes, strict=False)]
-    names = ["raw", *(f"raw_{i}" for i in range(2, len(sizes)))]
-    outgoing = (block.outputs, sizes[-1] + skip * sizes[0], *taps)
-    return {**dict(zip(names, inner, strict=True)), "raw_out": outgoing, "log_multiplier": (block.multiplier_count(),)}
+def _make_parameters(
+    block: Block,
+    skip: bool,
+    taps: tuple[int, ...],
+    bias: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """V_1 as `raw`, V_2 … V_n, [V_A V_B], the logarithms of the multipliers, and the biases."""
+    for i, (old, new) in enumerate(pairwise(block.sizes), 1):
+        block.register_parameter("raw" if i == 1 else f"raw_{i}", block.new_parameter((new, old, *taps), device, dtype))
+    block.raw_out = block.new_parameter((block.outputs, block.sizes[-1] + skip * block.sizes[0], *taps), device, dtype)
+    block.log_multiplier = block.new_parameter((block.multiplier_count(),), device, dtype)
+    block.make_biases(bias, device, dtype)
+    block.reset_parameters()
 
 
-def _explicit(block: Block, matrices: list[Tensor], logs: Tensor, skip: bool) -> ExplicitWeights:
+def _explicit(block: Block, matrices: Sequence[Tensor], logs: Tensor, skip: bool) -> ExplicitWeights:
     *inner, outgoing = (limited(SCALE * to_double(matrix)) for matrix in matrices)
     return ldlt_weights(inner, outgoing, block.multipliers(logs), block.lipschitz, block.sector, skip)
 
@@ -84,8 +99,20 @@ class LDLTSequential(DenseLMIBlock):
     (True, 2.0)
     """
 
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        return _shapes(self, False)
+    def __init__(
+        self,
+        features: int,
+        hidden_features: Sizes | None = None,
+        out_features: int | None = None,
+        bias: bool = True,
+        *,
+        activation: nn.Module | None = None,
+        lipschitz: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(features, hidden_features, out_features, activation, lipschitz)
+        _make_parameters(self, False, (), bias, device, dtype)
 
     def reset_parameters(self) -> None:
         """Orthogonal V_l (identities after four layers), which make the inner weights the largest possible; no bias."""
@@ -97,8 +124,8 @@ class LDLTSequential(DenseLMIBlock):
         nn.init.zeros_(logs)
         self.reset_biases()
 
-    def explicit_weights(self) -> ExplicitWeights:
-        *matrices, logs = self.raw_values()
+    def map_weight(self, *raw: Tensor) -> ExplicitWeights:
+        *matrices, logs = raw
         return _explicit(self, matrices, logs, False)
 
 
@@ -138,15 +165,27 @@ class LDLTBlock(DenseLMIBlock):
     (True, 1.0)
     """
 
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        return _shapes(self, True)
+    def __init__(
+        self,
+        features: int,
+        hidden_features: Sizes | None = None,
+        out_features: int | None = None,
+        bias: bool = True,
+        *,
+        activation: nn.Module | None = None,
+        lipschitz: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(features, hidden_features, out_features, activation, lipschitz)
+        _make_parameters(self, True, (), bias, device, dtype)
 
     def reset_parameters(self) -> None:
         """[V_A V_B] = [10 I, Q], V_l = 0.1 Q with orthogonal Q, Λ_l = I, no bias."""
         _reset_skip(self)
 
-    def explicit_weights(self) -> ExplicitWeights:
-        *matrices, logs = self.raw_values()
+    def map_weight(self, *raw: Tensor) -> ExplicitWeights:
+        *matrices, logs = raw
         return _explicit(self, matrices, logs, True)
 
 
@@ -183,16 +222,32 @@ class LDLTConv2dBlock(Conv2dLMIBlock):
     torch.Size([2, 4, 7, 5])
     """
 
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        return _shapes(self, True, (self.taps, self.taps))
+    def __init__(
+        self,
+        channels: int,
+        hidden_channels: Sizes | None = None,
+        out_channels: int | None = None,
+        kernel_size: int = 3,
+        stride: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        activation: nn.Module | None = None,
+        lipschitz: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        geometry = (kernel_size, stride, padding_mode)
+        super().__init__(channels, hidden_channels, out_channels, *geometry, activation, lipschitz)
+        _make_parameters(self, True, (self.taps, self.taps), bias, device, dtype)
 
     def reset_parameters(self) -> None:
         """As `LDLTBlock`, at the centre tap."""
         _reset_skip(self)
 
-    def explicit_weights(self, height: int, width: int) -> ExplicitWeights:
-        *kernels, logs = self.raw_values()
-        return _explicit(self, [self.transfer(kernel, height, width) for kernel in kernels], logs, True)
+    def map_weight(self, *raw_and_grid: Any) -> ExplicitWeights:
+        *kernels, logs, grid = raw_and_grid
+        return _explicit(self, [transfer_matrix(kernel.double(), grid) for kernel in kernels], logs, True)
 
 
 register(Family("ldlt", dense_block=LDLTBlock, conv_block=LDLTConv2dBlock))

@@ -6,6 +6,8 @@ drift from it is counted in the block's bound.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from liplayers.layers.manifold import ManifoldModule
 from liplayers.linalg.orthogonal import fill_orthogonal_
 from liplayers.linalg.stiefel import near_isometry_bound
 from liplayers.modules.activations import BetaAbs
+from liplayers.modules.frozen import constant, filled
+from liplayers.modules.offsets import PositionEmbedding
 from liplayers.modules.shift import SpatialShift2d
 
 __all__ = ["LipNeXtBlock"]
@@ -58,6 +62,7 @@ class LipNeXtBlock(ManifoldModule):
     rotation: nn.Parameter
     mixing: nn.Parameter
     manifold_names = ("rotation", "mixing")
+    run_as_they_are = frozenset({"bias", "position"})
 
     def __init__(
         self,
@@ -80,17 +85,12 @@ class LipNeXtBlock(ManifoldModule):
         self.shift = SpatialShift2d(shift_ratio)
         self.activation = BetaAbs(beta, dim=-3)
 
-        self._make_raw(device, dtype)
-
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        self.position = None if self.image_size is None else empty(channels, *self.image_size)
-        self.bias = empty(channels) if bias else None
+        self.rotation = self.new_parameter((channels, channels), device, dtype)
+        self.mixing = self.new_parameter((channels, channels), device, dtype)
+        shape = None if self.image_size is None else (channels, *self.image_size)
+        self.position = None if shape is None else self.new_parameter(shape, device, dtype)
+        self.bias = self.new_parameter((channels,), device, dtype) if bias else None
         self.reset_parameters()
-
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"rotation": (self.channels, self.channels), "mixing": (self.channels, self.channels)}
 
     def reset_parameters(self) -> None:
         """R and M orthogonal, no position embedding, no bias."""
@@ -100,10 +100,9 @@ class LipNeXtBlock(ManifoldModule):
             if parameter is not None:
                 nn.init.zeros_(parameter)
 
-    def compute_effective(self) -> tuple[Tensor, Tensor]:
+    def map_weight(self, rotation: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor]:
         """M Rᵀ and R."""
-        R, M = self.raw_values()
-        return (M @ R.mT).to(self.rotation.dtype), self.rotation
+        return mixing @ rotation.mT, rotation
 
     def _check_input(self, x: Tensor) -> None:
         size = self.image_size or x.shape[-2:]
@@ -133,6 +132,22 @@ class LipNeXtBlock(ManifoldModule):
         with torch.no_grad():
             mixed, rotation = (near_isometry_bound(W.to(dtype)) for W in self.effective())
             return (mixed * rotation).item()
+
+    def frozen(self, shape: tuple[int, ...] | None) -> nn.Module:
+        def pointwise(matrix: Tensor, bias: Tensor | None) -> nn.Conv2d:
+            plain = nn.Conv2d(self.channels, self.channels, 1, bias=False, device="meta")
+            return filled(plain, matrix[:, :, None, None], bias)
+
+        mixed, rotation = self.effective()
+        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        if self.position is not None:
+            parts["position"] = PositionEmbedding(self.position.shape, device="meta")
+            parts["position"].position = constant(self.position)
+        parts["rotation"] = pointwise(rotation, None)
+        parts["shift"] = self.shift
+        parts["mixing"] = pointwise(mixed, self.bias)
+        parts["activation"] = self.activation
+        return nn.Sequential(parts)
 
     def extra_repr(self) -> str:
         return (

@@ -5,6 +5,8 @@ Differs from the public code in that the whole, identity included, is divided by
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,10 @@ class LiResNetBlock(RescaledLinear):
         nn.init.normal_(self.raw, std=NOISE / self.in_features**0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
+        """K with I + K = W."""
+        return [weight - torch.eye(len(weight), dtype=weight.dtype, device=weight.device)]
 
     def map_weight(self, raw: Tensor) -> Tensor:
         return super().map_weight(raw + torch.eye(len(raw), dtype=raw.dtype, device=raw.device))
@@ -109,11 +115,19 @@ class LiResNetConv2dBlock(RescaledConv2d):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def map_kernel(self, raw: Tensor) -> Tensor:
+    def identity(self, like: Tensor) -> Tensor:
+        """δ, the identity as a kernel."""
+        kernel = torch.zeros_like(like)
         centre = self.kernel_size[0] // 2
-        identity = torch.zeros_like(raw)
-        identity[0, :, :, centre, centre] = torch.eye(self.in_channels, dtype=raw.dtype, device=raw.device)
-        return super().map_kernel(raw + identity)
+        kernel[:, :, centre, centre] = torch.eye(self.in_channels, dtype=like.dtype, device=like.device)
+        return kernel
+
+    def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
+        """K with δ + K = W."""
+        return [weight - self.identity(weight)]
+
+    def map_weight(self, raw: Tensor) -> Tensor:
+        return super().map_weight(raw + self.identity(raw))
 
 
 register(Family("liresnet", dense_block=LiResNetBlock, conv_block=LiResNetConv2dBlock))

@@ -13,6 +13,7 @@ from torch import Tensor
 from liplayers.core.checks import Size2d, check_positive
 from liplayers.core.registry import Family, register
 from liplayers.layers.bases.fourier import FourierConv2d
+from liplayers.linalg.fourier import Grid, transfer_matrix
 from liplayers.linalg.orthogonal import newton_schulz
 
 __all__ = ["LOTConv2d"]
@@ -64,13 +65,16 @@ class LOTConv2d(FourierConv2d):
         *,
         iterations: int = 13,
     ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         check_positive(self, iterations=iterations)
-        geometry = (kernel_size, stride, padding, dilation, groups)
-        super().__init__(in_channels, out_channels, *geometry, bias, padding_mode, device, dtype)
         self.iterations = iterations
+        channels, kh, kw = self.unshuffled
+        self.raw = self.new_parameter((out_channels, channels, kh, kw), device, dtype)
+        self.bias = self.new_parameter((out_channels,), device, dtype) if bias else None
+        self.reset_parameters()
 
-    def map_transfer(self, transfer: Tensor) -> Tensor:
-        return newton_schulz(transfer, self.iterations)
+    def map_weight(self, raw: Tensor, grid: Grid) -> Tensor:
+        return newton_schulz(transfer_matrix(raw, grid), self.iterations)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, iterations={self.iterations}"

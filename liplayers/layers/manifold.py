@@ -8,6 +8,7 @@ how far the weight is from it and count that in their bound, so the bound is a p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def retract_(W: Tensor) -> Tensor:
     return W.copy_(nearest_orthogonal(W))
 
 
-class ManifoldModule(ParametrizedModule):
+class ManifoldModule(ParametrizedModule, abstract=True):
     """A module whose parameters named in `manifold_names` are OrthogonalParameters, and stay so.
 
     torch replaces parameters by plain ones in `load_state_dict(assign=True)` and in some casts and moves; they are
@@ -125,16 +126,32 @@ class ManifoldLinear(ManifoldModule, LipschitzLinear):
         *,
         init: str = "orthogonal",
     ) -> None:
+        super().__init__(in_features, out_features)
         if init not in ("orthogonal", "identity"):
             raise ArgumentError(f"ManifoldLinear: init={init!r}; expected 'orthogonal' or 'identity'")
         self.init = init
-        super().__init__(in_features, out_features, bias, device, dtype)
+        self.raw = self.new_parameter((out_features, in_features), device, dtype)
+        self.bias = self.new_parameter((out_features,), device, dtype) if bias else None
+        self.reset_parameters()
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter: what is written into it is the weight, and its drift from the manifold counts in the bound."""
+        return self.raw
+
+    @weight.setter
+    def weight(self, weight: Tensor) -> None:
+        self.assign_weight(weight)
 
     def reset_parameters(self) -> None:
         """A random frame or the identity, no bias."""
         super().reset_parameters()
         if self.init == "identity":
             nn.init.eye_(self.raw)
+
+    def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
+        """Its polar factor, the nearest orthogonal matrix."""
+        return [nearest_orthogonal(weight)]
 
     def map_weight(self, raw: Tensor) -> Tensor:
         return raw

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,23 @@ class NormalizedLinear(LipschitzLinear):
 
     constant_bound = False
     range_exponent = 0.8  # nothing is squared here
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.raw = self.new_parameter((out_features, in_features), device, dtype)
+        self.bias = self.new_parameter((out_features,), device, dtype) if bias else None
+        self.reset_parameters()
+
+    def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
+        """The weight itself, which is rescaled."""
+        return [weight]
 
     def map_weight(self, raw: Tensor) -> Tensor:
         return unit_rows(raw)[0]

@@ -7,10 +7,13 @@ zero and circular padding; power iteration estimates from below.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from liplayers.core.checks import Size2d
 from liplayers.core.registry import Family, register
 from liplayers.layers.bases.dense import LipschitzLinear
 from liplayers.layers.bases.kernel import KernelConv2d, LipschitzConvTranspose2d
@@ -42,6 +45,23 @@ class RescaledLinear(LipschitzLinear):
     True
     """
 
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.raw = self.new_parameter((out_features, in_features), device, dtype)
+        self.bias = self.new_parameter((out_features,), device, dtype) if bias else None
+        self.reset_parameters()
+
+    def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
+        """The weight itself, which is rescaled."""
+        return [weight]
+
     def map_weight(self, raw: Tensor) -> Tensor:
         P, _ = unit_scale(raw)  # the weight does not depend on the scale
         norm = gram_iteration_bound(P)
@@ -72,10 +92,34 @@ class RescaledConv2d(KernelConv2d):
     torch.Size([1, 8, 5, 5])
     """
 
-    def map_kernel(self, raw: Tensor) -> Tensor:
-        P, _ = unit_scale(raw)  # the weight does not depend on the scale
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d | str = 0,
+        dilation: Size2d = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        self.raw = self.new_parameter((out_channels, in_channels // groups, *self.kernel_size), device, dtype)
+        self.bias = self.new_parameter((out_channels,), device, dtype) if bias else None
+        self.reset_parameters()
+
+    def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
+        """The weight itself, which is rescaled."""
+        return [weight]
+
+    def map_weight(self, raw: Tensor) -> Tensor:
+        P, _ = unit_scale(rearrange(raw, "(g o) i a b -> g o i a b", g=self.groups))  # whatever its scale
         norm = symbol_norm_bound(polyphase(P, self.stride, self.dilation))
-        return P / rearrange(torch.where(norm > 0, norm, 1), "g -> g 1 1 1 1")
+        kernel = P / rearrange(torch.where(norm > 0, norm, 1), "g -> g 1 1 1 1")
+        return rearrange(kernel, "g o i a b -> (g o) i a b")
 
 
 class RescaledConvTranspose2d(LipschitzConvTranspose2d):
@@ -91,6 +135,24 @@ class RescaledConvTranspose2d(LipschitzConvTranspose2d):
     """
 
     family = RescaledConv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d = 0,
+        output_padding: Size2d = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Size2d = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        geometry = (kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
+        super().__init__(in_channels, out_channels, *geometry, device, dtype)
 
 
 register(Family("rescaled", linear=RescaledLinear, conv=RescaledConv2d, conv_transpose=RescaledConvTranspose2d))

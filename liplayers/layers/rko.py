@@ -7,15 +7,18 @@ divided by the least of three proven bounds rather than by the overlap factor al
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from liplayers.core.checks import Size2d
 from liplayers.core.registry import Family, register
 from liplayers.layers.bases.kernel import KernelConv2d, LipschitzConvTranspose2d
 from liplayers.linalg.convolution import overlap, polyphase, symbol_norm_bound
 from liplayers.linalg.orthogonal import cholesky_orthogonal
+from liplayers.linalg.stiefel import nearest_orthogonal
 
 __all__ = ["RKOConv2d", "RKOConvTranspose2d"]
 
@@ -47,18 +50,44 @@ class RKOConv2d(KernelConv2d):
     True
     """
 
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d | str = 0,
+        dilation: Size2d = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        self.raw = self.new_parameter((out_channels, in_channels // groups, *self.kernel_size), device, dtype)
+        self.bias = self.new_parameter((out_channels,), device, dtype) if bias else None
+        self.reset_parameters()
+
     def orthogonalise(self, matrix: Tensor) -> Tensor:
         """The kernel matrices (groups, out, in·kh·kw) with orthonormal rows or columns."""
         return cholesky_orthogonal(matrix)
 
-    def map_kernel(self, raw: Tensor) -> Tensor:
-        kernel = self.orthogonalise(rearrange(raw, "g o i a b -> g o (i a b)")).reshape(raw.shape)
+    def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
+        """The polar factor of each kernel matrix."""
+        matrices = rearrange(weight, "(g o) i a b -> g o (i a b)", g=self.groups)
+        return [nearest_orthogonal(matrices).reshape(weight.shape)]
+
+    def map_weight(self, raw: Tensor) -> Tensor:
+        kernel = self.orthogonalise(rearrange(raw, "(g o) i a b -> g o (i a b)", g=self.groups)).reshape(raw.shape)
         sizes = zip(self.kernel_size, self.stride, self.dilation, strict=True)
         factor = math.sqrt(math.prod([overlap(*size) for size in sizes]))
         if factor == 1:
             return kernel
-        bound = symbol_norm_bound(polyphase(kernel, self.stride, self.dilation))
-        return kernel / rearrange(torch.where(bound > 0, bound.clamp_max(factor), 1), "g -> g 1 1 1 1")
+        groups = rearrange(kernel, "(g o) i a b -> g o i a b", g=self.groups)
+        bound = symbol_norm_bound(polyphase(groups, self.stride, self.dilation))
+        kernel = groups / rearrange(torch.where(bound > 0, bound.clamp_max(factor), 1), "g -> g 1 1 1 1")
+        return rearrange(kernel, "g o i a b -> (g o) i a b")
 
 
 class RKOConvTranspose2d(LipschitzConvTranspose2d):
@@ -74,6 +103,24 @@ class RKOConvTranspose2d(LipschitzConvTranspose2d):
     """
 
     family = RKOConv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: Size2d = 0,
+        output_padding: Size2d = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Size2d = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        geometry = (kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
+        super().__init__(in_channels, out_channels, *geometry, device, dtype)
 
 
 register(Family("rko", conv=RKOConv2d, conv_transpose=RKOConvTranspose2d))

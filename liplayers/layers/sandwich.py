@@ -7,6 +7,7 @@ at equal size, and the bound is proven again for the weights that run.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from liplayers.core.registry import Family, register
 from liplayers.errors import ArgumentError
 from liplayers.layers.bases.lmi import LARGEST, SMALLEST, Conv2dLMIBlock, DenseLMIBlock, Sizes, orthogonal_
+from liplayers.linalg.fourier import Grid, transfer_matrix
 from liplayers.linalg.lmi import ExplicitWeights
 from liplayers.linalg.orthogonal import cayley, to_double
 
@@ -90,21 +92,20 @@ class SandwichBlock(DenseLMIBlock):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            features, None, out_features, bias, activation=activation, lipschitz=lipschitz, device=device, dtype=dtype
-        )
-
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"raw": (self.outputs, self.outputs + self.sizes[0]), "log_multiplier": (self.multiplier_count(),)}
+        super().__init__(features, None, out_features, activation, lipschitz)
+        self.raw = self.new_parameter((self.outputs, self.outputs + features), device, dtype)
+        self.log_multiplier = self.new_parameter((self.multiplier_count(),), device, dtype)
+        self.make_biases(bias, device, dtype)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """√2A = I, √2B orthogonal, Ψ = I, no bias."""
         _reset_pair(self.raw, BALANCED)
-        nn.init.zeros_(self.get_parameter("log_multiplier"))
+        nn.init.zeros_(self.log_multiplier)
         self.reset_biases()
 
-    def explicit_weights(self) -> ExplicitWeights:
-        return _sandwich(self, *self.raw_values())
+    def map_weight(self, raw: Tensor, log_multiplier: Tensor) -> ExplicitWeights:
+        return _sandwich(self, raw, log_multiplier)
 
 
 class SandwichConv2dBlock(Conv2dLMIBlock):
@@ -153,24 +154,21 @@ class SandwichConv2dBlock(Conv2dLMIBlock):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        geometry = (out_channels, kernel_size, stride, bias, padding_mode)
-        super().__init__(
-            channels, None, *geometry, activation=activation, lipschitz=lipschitz, device=device, dtype=dtype
-        )
-
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        super().__init__(channels, None, out_channels, kernel_size, stride, padding_mode, activation, lipschitz)
         shape = (self.outputs, self.outputs + self.sizes[0], self.taps, self.taps)
-        return {"raw": shape, "log_multiplier": (self.multiplier_count(),)}
+        self.raw = self.new_parameter(shape, device, dtype)
+        self.log_multiplier = self.new_parameter((self.multiplier_count(),), device, dtype)
+        self.make_biases(bias, device, dtype)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """√2A = I, √2B one orthogonal tap, Ψ = I, no bias."""
         _reset_pair(self.raw, BALANCED)
-        nn.init.zeros_(self.get_parameter("log_multiplier"))
+        nn.init.zeros_(self.log_multiplier)
         self.reset_biases()
 
-    def explicit_weights(self, height: int, width: int) -> ExplicitWeights:
-        raw, logs = self.raw_values()
-        return _sandwich(self, self.transfer(raw, height, width), logs)
+    def map_weight(self, raw: Tensor, log_multiplier: Tensor, grid: Grid) -> ExplicitWeights:
+        return _sandwich(self, transfer_matrix(raw.double(), grid), log_multiplier)
 
 
 class LBDN(DenseLMIBlock):
@@ -222,20 +220,20 @@ class LBDN(DenseLMIBlock):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        super().__init__(features, hidden_features, out_features, activation, lipschitz)
         if not isinstance(learnable, bool):
             raise ArgumentError(f"LBDN: learnable={learnable!r}; expected True or False")
         self.learnable = learnable
         self.constant_bound = not learnable
-        sizes = (features, hidden_features, out_features)
-        super().__init__(*sizes, bias, activation=activation, lipschitz=lipschitz, device=device, dtype=dtype)
-
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        rows = [*self.sizes[1:], self.outputs]
-        names = ["raw", *(f"raw_{i}" for i in range(2, len(self.sizes))), "raw_out"]
-        shapes: dict[str, tuple[int, ...]]
-        shapes = {name: (d, d + e) for name, d, e in zip(names, rows, self.sizes, strict=True)}
-        shapes["log_multiplier"] = (self.multiplier_count(),)
-        return {**shapes, "log_lipschitz": (1,)} if self.learnable else shapes
+        for i, (old, new) in enumerate(pairwise(self.sizes), 1):
+            self.register_parameter(
+                "raw" if i == 1 else f"raw_{i}", self.new_parameter((new, new + old), device, dtype)
+            )
+        self.raw_out = self.new_parameter((self.outputs, self.outputs + self.sizes[-1]), device, dtype)
+        self.log_multiplier = self.new_parameter((self.multiplier_count(),), device, dtype)
+        self.log_lipschitz = self.new_parameter((1,), device, dtype) if learnable else None
+        self.make_biases(bias, device, dtype)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """√2A_l = I, √2B_l orthogonal (identities after four layers), B_{n+1} orthogonal, Ψ_l = I, no bias."""
@@ -244,16 +242,16 @@ class LBDN(DenseLMIBlock):
             nn.init.zeros_(p)
         self.start_layers([p.data[:, len(p) :] for p in pairs], BALANCED, BALANCED)
         _reset_pair(last, -1.0)
-        nn.init.zeros_(self.get_parameter("log_multiplier"))
-        if self.learnable:
-            nn.init.constant_(self.get_parameter("log_lipschitz"), math.log(self.lipschitz))
+        nn.init.zeros_(self.log_multiplier)
+        if self.log_lipschitz is not None:
+            nn.init.constant_(self.log_lipschitz, math.log(self.lipschitz))
         self.reset_biases()
 
-    def explicit_weights(self) -> ExplicitWeights:
-        values = dict(zip(self.raw_names, self.raw_values(), strict=True))
-        gamma = self._gamma(values["log_lipschitz"]) if self.learnable else self.lipschitz
-        psi = [multiplier.sqrt() for multiplier in self.multipliers(values["log_multiplier"])]
-        pairs = [_pair(raw) for name, raw in values.items() if name.startswith("raw")]
+    def map_weight(self, *raw: Tensor) -> ExplicitWeights:
+        gamma = self._gamma(raw[-1]) if self.learnable else self.lipschitz
+        *matrices, logs = raw[:-1] if self.learnable else raw
+        psi = [multiplier.sqrt() for multiplier in self.multipliers(logs)]
+        pairs = [_pair(matrix) for matrix in matrices]
         end = math.sqrt(2) * gamma**0.5
         (A, B), *further, (_, last) = pairs
         inner = [end * B / psi[0][:, None]]
@@ -269,7 +267,7 @@ class LBDN(DenseLMIBlock):
         return logarithm.double().clamp(math.log(SMALLEST), math.log(LARGEST)).exp()
 
     def target(self) -> float:
-        return self._gamma(self.get_parameter("log_lipschitz")).item() if self.learnable else self.lipschitz
+        return self.lipschitz if self.log_lipschitz is None else self._gamma(self.log_lipschitz).item()
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", learnable=True" if self.learnable else "")

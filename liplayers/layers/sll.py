@@ -62,15 +62,30 @@ class SLLBlock(DenseBlock):
     True
     """
 
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {**super().raw_shapes(), "log_q": (self.hidden_features,)}
+    log_q: nn.Parameter
+
+    def __init__(
+        self,
+        features: int,
+        hidden_features: int | None = None,
+        bias: bool = True,
+        *,
+        activation: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(features, hidden_features, activation)
+        self.raw = self.new_parameter((self.hidden_features, features), device, dtype)
+        self.log_q = self.new_parameter((self.hidden_features,), device, dtype)
+        self.bias = self.new_parameter((self.hidden_features,), device, dtype) if bias else None
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Orthogonal W, q = 1, no bias."""
         super().reset_parameters()
-        nn.init.zeros_(self.get_parameter("log_q"))
+        nn.init.zeros_(self.log_q)
 
-    def map_pair(self, raw: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def map_weight(self, raw: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         K, norms = unit_rows(raw)
         return raw, _outgoing(K, (K @ K.mT).abs(), norms[:, 0], log_q)
 
@@ -102,15 +117,33 @@ class SLLConv2dBlock(Conv2dBlock):
     torch.Size([2, 4, 7, 5])
     """
 
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {**super().raw_shapes(), "log_q": (self.hidden_channels,)}
+    log_q: nn.Parameter
+
+    def __init__(
+        self,
+        channels: int,
+        hidden_channels: int | None = None,
+        kernel_size: int = 3,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        activation: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, hidden_channels, kernel_size, padding_mode, activation)
+        shape = (self.hidden_channels, channels, kernel_size, kernel_size)
+        self.raw = self.new_parameter(shape, device, dtype)
+        self.log_q = self.new_parameter((self.hidden_channels,), device, dtype)
+        self.bias = self.new_parameter((self.hidden_channels,), device, dtype) if bias else None
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """One orthogonal tap, q = 1, no bias."""
         super().reset_parameters()
-        nn.init.zeros_(self.get_parameter("log_q"))
+        nn.init.zeros_(self.log_q)
 
-    def map_pair(self, raw: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def map_weight(self, raw: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         rows, norms = unit_rows(raw.flatten(1))
         K = rows.view_as(raw)
         return raw, _outgoing(K, autocorrelation(K[None], "out")[0].abs().sum((-2, -1)), norms[:, 0], log_q)

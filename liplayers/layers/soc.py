@@ -8,6 +8,7 @@ circular padding the exponential is taken at each frequency.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,10 @@ from liplayers.errors import ArgumentError
 from liplayers.layers.bases.dense import LipschitzLinear
 from liplayers.layers.bases.fourier import FourierConv2d
 from liplayers.linalg.convolution import polynomial, row_sum_bound
+from liplayers.linalg.fourier import Grid, transfer_matrix
 from liplayers.linalg.norms import unit_scale
-from liplayers.linalg.orthogonal import rotation, skew_exponential, skew_exponential_coefficients
+from liplayers.linalg.orthogonal import rotation, skew_exponential, skew_exponential_coefficients, skew_logarithm
+from liplayers.modules.frozen import FrozenPolynomialConv2d, Placement, image_size
 
 __all__ = ["ExponentialLinear", "SOCConv2d"]
 
@@ -52,15 +55,33 @@ class ExponentialLinear(LipschitzLinear):
     True
     """
 
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        n = max(self.in_features, self.out_features)
-        return {"raw": (n, n)}
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        n = max(in_features, out_features)
+        self.raw = self.new_parameter((n, n), device, dtype)
+        self.bias = self.new_parameter((out_features,), device, dtype) if bias else None
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Gaussian P: a rotation by angles of up to about 2.8; no bias."""
         nn.init.normal_(self.raw, std=1 / math.sqrt(len(self.raw)))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
+        """Half the logarithm of the nearest rotation, completed where the weight is a part of one."""
+        n = len(self.raw)
+        U, _, Vh = torch.linalg.svd(F.pad(weight, (0, n - self.in_features, 0, n - self.out_features)))
+        turned = torch.ones(n, dtype=U.dtype, device=U.device)
+        turned[-1] = torch.linalg.det(U @ Vh).sign()
+        return [skew_logarithm(U * turned @ Vh) / 2]
 
     def map_weight(self, raw: Tensor) -> Tensor:
         return rotation(raw - raw.mT)[: self.out_features, : self.in_features]
@@ -114,21 +135,17 @@ class SOCConv2d(FourierConv2d):
         *,
         terms: int = 7,
     ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         check_positive(self, terms=terms)
         if terms > MOST_TERMS:
             raise ArgumentError(f"SOCConv2d: terms={terms!r}; expected at most {MOST_TERMS}, which is exact to 1e-12")
-        geometry = (kernel_size, stride, padding, dilation, groups)
-        super().__init__(in_channels, out_channels, *geometry, bias, padding_mode, device, dtype)
         self.terms = terms
-        self._coefficients = skew_exponential_coefficients(terms)
-
-    @property
-    def _channels(self) -> int:
-        return max(self._unshuffled[0], self.out_channels)
-
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        _, kh, kw = self._unshuffled
-        return {"raw": (self._channels, self._channels, kh, kw)}
+        self.coefficients = skew_exponential_coefficients(terms)
+        channels, kh, kw = self.unshuffled
+        n = max(channels, out_channels)
+        self.raw = self.new_parameter((n, n, kh, kw), device, dtype)
+        self.bias = self.new_parameter((out_channels,), device, dtype) if bias else None
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Gaussian K, no bias."""
@@ -136,24 +153,29 @@ class SOCConv2d(FourierConv2d):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def map_kernel(self, raw: Tensor) -> Tensor:  # type: ignore[override]
+    def skew_kernel(self, raw: Tensor) -> Tensor:
+        """L = K − Kᵀ, shortened to norm 1 at most."""
         kh, kw = raw.shape[-2:]
         K = F.pad(raw, (1 - kw % 2, 0, 1 - kh % 2, 0))  # odd, its centre where that of `raw` is
         L = K - rearrange(K, "o i a b -> i o a b").flip(-2, -1)
         unit, scale = unit_scale(L)
         return L / (row_sum_bound(unit[None])[0] * scale).clamp_min(1)
 
-    def map_transfer(self, transfer: Tensor) -> Tensor:
-        return skew_exponential(transfer, self._coefficients)[..., : self.out_channels, : self._unshuffled[0]]
+    def map_weight(self, raw: Tensor, grid: Grid | None = None) -> Tensor:
+        """W(ω) on a grid; without one L itself."""
+        L = self.skew_kernel(raw)
+        if grid is None:
+            return L
+        rotations = skew_exponential(transfer_matrix(L, grid), self.coefficients)
+        return rotations[..., : self.out_channels, : self.unshuffled[0]]
 
-    def compute_effective(self, *grid: int) -> Tensor:
-        """W(ω) on a grid; without one the skew kernel itself."""
-        return super().compute_effective(*grid) if grid else self.map_kernel(*self.raw_values())
+    def rounded(self, weight: Tensor) -> Tensor:
+        return weight  # in float32 at least, as images are transformed
 
     def frame(self, size: tuple[int, int], out: tuple[int, int]) -> tuple[list[tuple[int, int]], tuple[int, int]]:
         """The zeros that extend the image, only where the output reaches beyond it, and where the output begins."""
         pads, start = [], []
-        sizes = zip(size, self.kernel_size, self._pads, self.stride, out, strict=True)
+        sizes = zip(size, self.kernel_size, self.pads, self.stride, out, strict=True)
         for n, k, (before, _), s, m in sizes:
             shift = before - (k - 1) // 2
             top = max(0, shift)
@@ -166,11 +188,21 @@ class SOCConv2d(FourierConv2d):
         if self.padding_mode == "circular":
             return super().convolve(x, out)
         pads, (top, left) = self.frame((x.shape[-2], x.shape[-1]), out)
-        x = self._unshuffle(x, pads)
-        x = F.pad(x, (0, 0, 0, 0, 0, self._channels - x.shape[1]))
+        x = self.unshuffle(x, pads)
+        x = F.pad(x, (0, 0, 0, 0, 0, len(self.raw) - x.shape[1]))
         L = self.effective().to(x.dtype)
-        y = polynomial(self._coefficients, L, x)
+        y = polynomial(self.coefficients, L, x)
         return y[:, : self.out_channels, top : top + out[0], left : left + out[1]]
+
+    def frozen(self, shape: tuple[int, ...] | None) -> nn.Module:
+        if self.padding_mode == "circular":
+            return super().frozen(shape)
+        image = image_size(shape)
+        out = self.output_size(*image)
+        pads, start = self.frame(image, out)
+        placement = Placement(image, (pads[0], pads[1]), self.stride, start, out)
+        channels = (self.in_channels, self.out_channels)
+        return FrozenPolynomialConv2d(self.effective(), self.coefficients, *channels, self.bias, placement)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, terms={self.terms}"

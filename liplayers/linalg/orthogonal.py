@@ -238,6 +238,24 @@ def cayley(P: Tensor) -> Tensor:
     return _Cayley.apply(P)[0]
 
 
+def cayley_inverse(W: Tensor) -> Tensor:
+    """P with cayley(P) = W, for an orthogonal W in float64 whose square block has no eigenvalue −1; near it elsewhere.
+
+    From W = [2Z − I; −2VZ], Z = (I + A)⁻¹: A = Z⁻¹ − I, V = −½W₂Z⁻¹, and U is half of the skew part of A.
+
+    >>> P = torch.tensor([[0.0, 0.4], [-0.4, 0.0], [0.3, 0.1]], dtype=torch.float64)
+    >>> torch.allclose(cayley_inverse(cayley(P)), P)
+    True
+    """
+    if W.shape[-2] < W.shape[-1]:
+        return cayley_inverse(W.mH).mH
+    n = W.shape[-1]
+    eye = torch.eye(n, dtype=W.dtype, device=W.device)
+    inverse = 2 * torch.linalg.pinv(eye + W[..., :n, :])
+    U = (inverse - inverse.mH) / 4
+    return torch.cat([U, W[..., n:, :] @ inverse / -2], -2)
+
+
 class _Projector(torch.autograd.Function):
     """The block of the first rows and columns of V(VᴴV)⁻¹Vᴴ = YYᴴ, Y = XL⁻ᴴ, X = V with columns of norm 1, LLᴴ = XᴴX.
 
@@ -468,6 +486,18 @@ def rotation(S: Tensor) -> Tensor:
     root = skew_exponential(quarter, _ROTATION)
     square = root @ root
     return _within_unit_ball(square @ square, full_rank=True)
+
+
+def skew_logarithm(Q: Tensor) -> Tensor:
+    """The skew S of norm π at most with exp(S) = Q, for a rotation Q (n, n) without repeated eigenvalues −1.
+
+    >>> S = torch.tensor([[0.0, 3.0], [-3.0, 0.0]], dtype=torch.float64)
+    >>> torch.allclose(skew_logarithm(torch.linalg.matrix_exp(S)), S)
+    True
+    """
+    values, vectors = torch.linalg.eig(Q)
+    logarithm = torch.linalg.solve(vectors, vectors * (1j * values.angle()), left=False).real
+    return (logarithm - logarithm.mT) / 2
 
 
 def fill_orthogonal_(raw: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -251,8 +252,6 @@ class Householder(ParametrizedModule):
     tensor([[ 4.,  1., -9.]])
     """
 
-    theta: nn.Parameter
-
     def __init__(
         self,
         channels: int,
@@ -266,22 +265,21 @@ class Householder(ParametrizedModule):
         self.channels = channels
         self.order = order
         self.dim = dim
-        self._make_raw(device, dtype)
+        self.theta = self.new_parameter((order, channels // 2), device, dtype)
         self.reset_parameters()
-
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"theta": (self.order, self.channels // 2)}
 
     def reset_parameters(self) -> None:
         """θ = π/2, 3π/2, 2π, …: each fold halves the wedge that is left."""
         for k, angles in enumerate(self.theta.detach()):
             angles.fill_(math.pi * (2.5 - 2 / 2**k))
 
-    def compute_effective(self) -> Tensor:
-        (theta,) = self.raw_values()
+    def map_weight(self, theta: Tensor) -> Tensor:
         half_angle = theta.double() / 2
         v = torch.stack([half_angle.sin(), -half_angle.cos()], 1)
         return ((1 - 3 * torch.finfo(theta.dtype).eps) * v).to(theta.dtype)  # sin and cos are off by 2ε at most
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        return weight  # it runs in float32 at least
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[self.dim] != self.channels:
@@ -294,8 +292,43 @@ class Householder(ParametrizedModule):
     def lipschitz_bound(self) -> float:
         return 1.0
 
+    def frozen(self, shape: tuple[int, ...] | None) -> nn.Module:
+        return FrozenHouseholder(self.effective(), self.channels, self.dim)
+
     def extra_repr(self) -> str:
         return f"channels={self.channels}, order={self.order}, dim={self.dim}"
+
+
+class FrozenHouseholder(LipschitzModule):
+    """`Householder` with its mirrors v as a buffer, (order, 2, ⌊C/2⌋); its bound is max(1, 2‖v‖² − 1) for each fold."""
+
+    mirrors: Tensor
+
+    def __init__(self, mirrors: Tensor, channels: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mirrors", mirrors.detach().clone())
+        self.channels = channels
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[self.dim] != self.channels:
+            raise ShapeError(
+                f"FrozenHouseholder: got an input of shape {tuple(x.shape)}; expected {self.channels} channels in "
+                f"dimension {self.dim}"
+            )
+        return fold(x, self.mirrors, self.dim)
+
+    def lipschitz_bound(self) -> float:
+        if not self.mirrors.numel():
+            return 1.0
+        if not self.mirrors.isfinite().all():
+            return math.inf
+        folds = [pairs.T.tolist() for pairs in self.mirrors.double()]
+        squares = (max(Fraction(p) ** 2 + Fraction(q) ** 2 for p, q in pairs) for pairs in folds)
+        return upward.product(*(max(Fraction(1), 2 * square - 1) for square in squares))
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, order={len(self.mirrors)}, dim={self.dim}"
 
 
 def fold(x: Tensor, mirrors: Tensor, dim: int) -> Tensor:
@@ -419,6 +452,7 @@ TIED: dict[type[nn.Module], Callable[[Any, int], list[int]]] = {
     MaxMin: lambda activation, channels: halves(channels, channels // 2),
     GroupSort: _neighbours,
     Householder: lambda activation, channels: halves(channels, activation.theta.shape[-1]),
+    FrozenHouseholder: lambda activation, channels: halves(channels, activation.mirrors.shape[-1]),
 }
 
 

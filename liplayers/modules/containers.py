@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from liplayers.core.checks import check_shape
 from liplayers.core.module import LipschitzModule, SettledModule
+from liplayers.core.precision import executed
 from liplayers.errors import ArgumentError, ShapeError
 from liplayers.linalg import upward
 
@@ -81,6 +82,39 @@ class Residual(Container):
             low = torch.get_autocast_dtype(logit.device.type)
             pairs.append(((1 - alpha).to(low), alpha.to(low)))
         return max(upward.total(rest.item(), upward.product(weight.item(), bounds[0])) for rest, weight in pairs)
+
+    def frozen(self, shape: tuple[int, ...] | None) -> nn.Module:
+        return FrozenResidual(self.branch, self.logit.sigmoid().view(()))
+
+
+class FrozenResidual(Container):
+    """y = (1 − α)x + α·f(x), α a buffer: `Residual`."""
+
+    alpha: Tensor
+
+    def __init__(self, branch: nn.Module, alpha: Tensor) -> None:
+        super().__init__()
+        self.branch = branch
+        self.register_buffer("alpha", alpha.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.branch(x)
+        if y.shape != x.shape:
+            raise ShapeError(
+                f"FrozenResidual: the branch turned {tuple(x.shape)} into {tuple(y.shape)}; it must keep the shape"
+            )
+        return (1 - self.alpha) * x + self.alpha * y
+
+    def branches(self) -> Sequence[nn.Module]:
+        return [self.branch]
+
+    def compose_bounds(self, bounds: Sequence[float]) -> float:
+        check_shape(self, "alpha", self.alpha, ())
+        exact = (1 - self.alpha).double(), self.alpha.double()
+        pairs = [exact, (executed(1 - self.alpha), executed(self.alpha))]
+        return max(
+            upward.total(abs(rest.item()), upward.product(abs(weight.item()), bounds[0])) for rest, weight in pairs
+        )
 
 
 class Concatenate(Container):

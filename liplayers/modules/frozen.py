@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from liplayers.linalg.lmi import ExplicitWeights, Sector, proven_lipschitz
 from liplayers.linalg.norms import frobenius_norm
 from liplayers.linalg.orthogonal import skew_polynomial_bound
 from liplayers.linalg.verified import conv_norm_enclosure, entry_norm, largest_norm_enclosure, weighted_row_sum_norm
-from liplayers.modules.activations import TIED, fold, halves, require_sector, require_slope_range, tied_channels
+from liplayers.modules.activations import require_sector, require_slope_range, tied_channels
 from liplayers.modules.containers import Container
 
 Size = tuple[int, int]
@@ -38,6 +37,30 @@ Size = tuple[int, int]
 def constant(value: Tensor) -> nn.Parameter:
     """A weight of a frozen module: a copy of `value`, without a gradient."""
     return nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
+
+
+def filled(module: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    """A module of torch, built on the meta device without a bias, with these weights."""
+    module.weight = constant(weight)
+    module.bias = None if bias is None else constant(bias)
+    return module
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """An nn.Linear with copies of these weights."""
+    out_features, in_features = weight.shape
+    return filled(nn.Linear(in_features, out_features, bias=False, device="meta"), weight, bias)
+
+
+def image_size(shape: Sequence[int] | None) -> Size:
+    """Height and width of the images that a layer is to be frozen for.
+
+    Raises:
+        ArgumentError: they are not known.
+    """
+    if shape is None:
+        raise ArgumentError("its weights depend on the size of the image; call freeze(model, input_shape=(C, H, W))")
+    return shape[-2], shape[-1]
 
 
 @dataclass(frozen=True)
@@ -470,41 +493,6 @@ def _matrices(layer: nn.Module) -> Tensor:
     if isinstance(layer, FrozenFourierConv2d):
         return layer.matrices().detach().to(torch.complex128)
     return executed(layer.weight)[None]  # type: ignore[arg-type]
-
-
-class FrozenHouseholder(LipschitzModule):
-    """`Householder` with its mirrors v as a buffer, (order, 2, ⌊C/2⌋); its bound is max(1, 2‖v‖² − 1) for each fold."""
-
-    mirrors: Tensor
-
-    def __init__(self, mirrors: Tensor, channels: int, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("mirrors", mirrors.detach().clone())
-        self.channels = channels
-        self.dim = dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[self.dim] != self.channels:
-            raise ShapeError(
-                f"FrozenHouseholder: got an input of shape {tuple(x.shape)}; expected {self.channels} channels in "
-                f"dimension {self.dim}"
-            )
-        return fold(x, self.mirrors, self.dim)
-
-    def lipschitz_bound(self) -> float:
-        if not self.mirrors.numel():
-            return 1.0
-        if not self.mirrors.isfinite().all():
-            return math.inf
-        folds = [pairs.T.tolist() for pairs in self.mirrors.double()]
-        squares = (max(Fraction(p) ** 2 + Fraction(q) ** 2 for p, q in pairs) for pairs in folds)
-        return upward.product(*(max(Fraction(1), 2 * square - 1) for square in squares))
-
-    def extra_repr(self) -> str:
-        return f"channels={self.channels}, order={len(self.mirrors)}, dim={self.dim}"
-
-
-TIED[FrozenHouseholder] = lambda activation, channels: halves(channels, activation.mirrors.shape[-1])
 
 
 class FrozenResidual(Container):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +14,14 @@ from liplayers.core.precision import exact_precision
 from liplayers.errors import ArgumentError
 from liplayers.layers.bases.kernel import LipschitzConv2d
 from liplayers.linalg.convolution import orthogonal_taps_
-from liplayers.linalg.fourier import fast_size, fourier_multiply, transfer_matrix
+from liplayers.linalg.fourier import fast_size, fourier_multiply
+from liplayers.modules.frozen import FrozenFourierConv2d, Placement, image_size
 
 
-class FourierConv2d(LipschitzConv2d):
-    """A convolution that is a contraction at each frequency; subclasses implement `map_transfer`.
+class FourierConv2d(LipschitzConv2d, abstract=True):
+    """A convolution that is a contraction at each frequency.
+
+    `map_weight(*raw parameters, grid)` returns the transfer matrices W(ω), (H, W//2 + 1, out, in·s²), of a grid (H, W).
 
     The image is zero-padded as asked (and on to a size that transforms quickly), pixel-unshuffled by the stride,
     transformed, multiplied at each frequency by W(ω) with ‖W(ω)‖ ≤ 1, transformed back and cropped to the size that
@@ -36,14 +38,10 @@ class FourierConv2d(LipschitzConv2d):
             )
 
     @property
-    def _unshuffled(self) -> tuple[int, int, int]:
+    def unshuffled(self) -> tuple[int, int, int]:
         """Input channels and kernel size of the stride-1 map on pixel-unshuffled images."""
         (kh, kw), (sh, sw) = self.kernel_size, self.stride
         return self.in_channels * sh * sw, math.ceil(kh / sh), math.ceil(kw / sw)
-
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        channels, kh, kw = self._unshuffled
-        return {"raw": (self.out_channels, channels, kh, kw)}
 
     def reset_parameters(self) -> None:
         """One orthogonal centre tap, no bias."""
@@ -51,18 +49,7 @@ class FourierConv2d(LipschitzConv2d):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def map_kernel(self, raw: Tensor, *rest: Tensor) -> Tensor:
-        """The kernel whose transfer matrices `map_transfer` gets; `raw` as it is unless overridden."""
-        return raw
-
-    map_transfer: Callable[[Tensor], Tensor]
-    """Transfer matrices of the kernel, (H, W//2 + 1, ·, ·) → W(ω), (H, W//2 + 1, out, in·s²)."""
-
-    def compute_effective(self, height: int, width: int) -> Tensor:
-        kernel = self.map_kernel(*self.raw_values())
-        return self.map_transfer(transfer_matrix(kernel, (height, width)))
-
-    def _unshuffle(self, x: Tensor, pads: list[tuple[int, int]]) -> Tensor:
+    def unshuffle(self, x: Tensor, pads: list[tuple[int, int]]) -> Tensor:
         """The image with zeros (before, after) for height and width, pixel-unshuffled by the stride."""
         x = F.pad(x, (*pads[1], *pads[0])) if any(map(any, pads)) else x
         sh, sw = self.stride
@@ -79,7 +66,7 @@ class FourierConv2d(LipschitzConv2d):
         zeros after the image are those before it, too: one side's padding is enough.
         """
         grid, start, pads = [], [], []
-        sizes = zip(size, self.kernel_size, self._pads, self.stride, out, strict=True)
+        sizes = zip(size, self.kernel_size, self.pads, self.stride, out, strict=True)
         for n, k, (before, after), s, m in sizes:
             if self.padding_mode == "circular":
                 grid.append(n // s)
@@ -99,9 +86,9 @@ class FourierConv2d(LipschitzConv2d):
     def convolve(self, x: Tensor, out: tuple[int, int]) -> Tensor:
         """The linear part on a batch of images of float32 at least, cropped to the size `out`."""
         pads, grid, (top, left) = self.place((x.shape[-2], x.shape[-1]), out)
-        x = self._unshuffle(x, pads)
+        x = self.unshuffle(x, pads)
         inside = 0 <= top <= grid[0] - out[0] and 0 <= left <= grid[1] - out[1]
-        y = fourier_multiply(x, self.effective(*grid), grid, (top + out[0], left + out[1]) if inside else grid)
+        y = fourier_multiply(x, self.effective(grid), grid, (top + out[0], left + out[1]) if inside else grid)
         if not inside:
             y, top, left = y.roll((-top, -left), (-2, -1)), 0, 0
         return y[..., top : top + out[0], left : left + out[1]]
@@ -119,3 +106,12 @@ class FourierConv2d(LipschitzConv2d):
 
     def lipschitz_bound(self) -> float:
         return 1.0
+
+    frozen_for_one_shape = True
+
+    def frozen(self, shape: tuple[int, ...] | None) -> nn.Module:
+        image = image_size(shape)
+        out = self.output_size(*image)
+        pads, grid, start = self.place(image, out)
+        placement = Placement(image, (pads[0], pads[1]), self.stride, start, out)
+        return FrozenFourierConv2d(self.effective(grid), self.bias, grid, placement)

@@ -1,8 +1,4 @@
-"""What every convolution shares: torch's arguments, their checks, and the two ways to run one.
-
-`KernelConv2d` runs an explicit kernel through torch's conv2d. `FourierConv2d` multiplies each frequency of the padded
-image by a matrix; it needs no kernel, so its map may have unbounded support.
-"""
+"""Bases of the convolutions: torch's arguments, explicit kernels, and the adjoints of these."""
 
 from __future__ import annotations
 
@@ -11,39 +7,40 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from liplayers.core.checks import Size2d, check_image, check_positive, pair
 from liplayers.core.module import LipschitzModule
-from liplayers.core.precision import exact_precision
 from liplayers.core.weights import ParametrizedModule
 from liplayers.errors import ArgumentError, ShapeError
 from liplayers.linalg.convolution import orthogonal_taps_
+from liplayers.modules.frozen import filled
 
 
-class LipschitzConv2d(ParametrizedModule):
+class LipschitzConv2d(ParametrizedModule, abstract=True):
     """Base of the convolutions: torch's arguments, checked for what keeps the norm at most 1.
 
     Zero padding of any width is sound: the map is a compression of the convolution on the infinite grid. Circular
     padding is sound when no input position is repeated in the output's reach more often than on the torus itself:
     total padding at most k_eff − 1 (k_eff = dilation·(k − 1) + 1) and a stride that divides the image. Reflection and
     replication enlarge the norm (up to √2 and √(p + 1) an axis) and are refused.
+
+    A family's constructor has the arguments of `torch.nn.Conv2d`, calls this one with those that describe the map,
+    makes `raw`, what else is mapped and `bias`, in this order, and calls `reset_parameters`.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         kernel_size: Size2d,
-        stride: Size2d = 1,
-        padding: Size2d | str = 0,
-        dilation: Size2d = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        stride: Size2d,
+        padding: Size2d | str,
+        dilation: Size2d,
+        groups: int,
+        padding_mode: str,
     ) -> None:
         super().__init__()
         check_positive(self, in_channels=in_channels, out_channels=out_channels, groups=groups)
@@ -56,11 +53,8 @@ class LipschitzConv2d(ParametrizedModule):
         self.padding_mode = padding_mode
         self.padding = padding if isinstance(padding, str) else pair(self, "padding", padding, 0)
         self._effective_size = tuple(d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
-        self._pads = self._resolve_padding()
+        self.pads = self._resolve_padding()
         self._check_arguments()
-        self._make_raw(device, dtype)
-        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
-        self.reset_parameters()
 
     def _resolve_padding(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(before, after) for height and width, as torch resolves them."""
@@ -90,15 +84,12 @@ class LipschitzConv2d(ParametrizedModule):
                 f"{name}: padding_mode={self.padding_mode!r} enlarges the norm beyond 1; use 'zeros' or 'circular'"
             )
         if self.padding_mode == "circular":
-            for (before, after), k in zip(self._pads, self._effective_size, strict=True):
+            for (before, after), k in zip(self.pads, self._effective_size, strict=True):
                 if before + after > k - 1:
                     raise ArgumentError(
                         f"{name}: circular padding={self.padding} repeats pixels for a kernel that spans {k}: "
                         f"at most {k - 1} in all keeps the norm at 1; use padding={(k - 1) // 2} or 'same'"
                     )
-
-    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"raw": (self.out_channels, self.in_channels // self.groups, *self.kernel_size)}
 
     def reset_parameters(self) -> None:
         """One orthogonal block at the centre of the kernel, no bias."""
@@ -115,7 +106,7 @@ class LipschitzConv2d(ParametrizedModule):
                     f"{name}: circular padding with stride {self.stride[axis]} on an image of {tuple(x.shape[-2:])} "
                     f"exceeds norm 1; the stride must divide the size: crop or pad the image, or use 'zeros'"
                 )
-            if size + sum(self._pads[axis]) < self._effective_size[axis]:
+            if size + sum(self.pads[axis]) < self._effective_size[axis]:
                 raise ShapeError(
                     f"{name}: the image {tuple(x.shape[-2:])} with padding {self.padding} is smaller than "
                     f"the kernel's span {self._effective_size}"
@@ -125,7 +116,7 @@ class LipschitzConv2d(ParametrizedModule):
         """Height and width of the output, by torch's rule."""
         sizes = (
             (n + sum(pad) - k) // s + 1
-            for n, pad, k, s in zip((height, width), self._pads, self._effective_size, self.stride, strict=True)
+            for n, pad, k, s in zip((height, width), self.pads, self._effective_size, self.stride, strict=True)
         )
         h, w = sizes
         return h, w
@@ -139,42 +130,36 @@ class LipschitzConv2d(ParametrizedModule):
         return text + (", bias=False" if self.bias is None else "")
 
 
-class KernelConv2d(LipschitzConv2d):
-    """A convolution that runs an explicit kernel; subclasses implement `map_kernel`.
+class KernelConv2d(LipschitzConv2d, abstract=True):
+    """Base of the convolutions that run an explicit kernel.
 
-    `map_kernel` gets the raw parameters, a first one of four dimensions as (groups, out/groups, in/groups, kh, kw), and
-    returns a kernel of that shape whose convolution, with this stride and dilation, has norm ≤ 1 on the infinite grid.
+    `map_weight` returns a kernel (out, in/groups, kh, kw) whose convolution, with this stride and dilation, has norm
+    ≤ 1 on the infinite grid.
     """
 
-    map_kernel: Callable[..., Tensor]
-
-    def _mapped(self) -> Tensor:
-        raw, *rest = self.raw_values()
-        if raw.dim() == 4:
-            raw = rearrange(raw, "(g o) i a b -> g o i a b", g=self.groups)
-        return rearrange(self.map_kernel(raw, *rest), "g o i a b -> (g o) i a b")
-
-    def compute_effective(self) -> Tensor:
-        return self._mapped().to(self.raw.dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """The effective kernel, (out_channels, in_channels/groups, kh, kw), as torch's conv2d takes it."""
-        return self.effective()
+    has_weight = True
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        return run_conv2d(x, self.effective(), self.bias, self)
+        padding: Any = self.padding
+        if self.padding_mode == "circular":
+            x = wrap(self, x, self.pads)
+            padding = 0
+        return F.conv2d(x, self.effective(), self.bias, self.stride, padding, self.dilation, self.groups)
 
     def lipschitz_bound(self) -> float:
-        dtype = self.executed_dtype()
-        if torch.finfo(dtype).bits >= 32:
+        if torch.finfo(self.executed_dtype()).bits >= 32:
             return 1.0
-        with torch.no_grad(), exact_precision(self.raw_device):
-            exact = self._mapped().double()
-            error = exact.to(self.raw.dtype).to(dtype).double() - exact
+        ((exact, run),) = self.exact_and_executed()
         # the norm of a convolution is at most the sum of its taps' norms
-        return 1.0 + torch.linalg.matrix_norm(error, dim=(0, 1)).sum().item()
+        return 1.0 + torch.linalg.matrix_norm(run - exact, dim=(0, 1)).sum().item()
+
+    def frozen(self, shape: tuple[int, ...] | None) -> nn.Module:
+        mode: Any = self.padding_mode
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, False, mode)
+        # it pads as ours, for "same" too
+        conv = nn.Conv2d(self.in_channels, self.out_channels, *geometry, device="meta")
+        return filled(conv, self.effective(), self.bias)
 
 
 class LipschitzConvTranspose2d(LipschitzModule):
@@ -184,22 +169,23 @@ class LipschitzConvTranspose2d(LipschitzModule):
     on. The raw parameters are those of the convolution from out_channels to in_channels, held as `adjoint`.
     """
 
-    family: type[KernelConv2d]
+    family: Callable[..., KernelConv2d]
+    bias: nn.Parameter | None
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         kernel_size: Size2d,
-        stride: Size2d = 1,
-        padding: Size2d = 0,
-        output_padding: Size2d = 0,
-        groups: int = 1,
-        bias: bool = True,
-        dilation: Size2d = 1,
-        padding_mode: str = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        stride: Size2d,
+        padding: Size2d,
+        output_padding: Size2d,
+        groups: int,
+        bias: bool,
+        dilation: Size2d,
+        padding_mode: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -238,16 +224,29 @@ class LipschitzConvTranspose2d(LipschitzModule):
 
     @property
     def weight(self) -> Tensor:
-        """The effective kernel, (in_channels, out_channels/groups, kh, kw), as torch's conv_transpose2d takes it."""
+        """The kernel, (in_channels, out_channels/groups, kh, kw), as torch's conv_transpose2d takes it; to be read."""
         return self.adjoint.weight
+
+    @weight.setter
+    def weight(self, weight: Tensor) -> None:
+        self.assign_weight(weight)
+
+    def assign_weight(self, weight: Tensor) -> float:
+        """As the convolution's."""
+        return self.adjoint.assign_weight(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(self, x, self.in_channels)
         geometry = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-        return F.conv_transpose2d(x, self.weight, self.bias, *geometry)
+        return F.conv_transpose2d(x, self.adjoint.effective(), self.bias, *geometry)
 
     def lipschitz_bound(self) -> float:
         return self.adjoint.lipschitz_bound()
+
+    def frozen(self, shape: tuple[int, ...] | None) -> nn.Module:
+        sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding)
+        conv = nn.ConvTranspose2d(*sizes, self.output_padding, self.groups, False, self.dilation, device="meta")
+        return filled(conv, self.adjoint.effective(), self.bias)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -267,12 +266,3 @@ def wrap(owner: object, x: Tensor, pads: tuple[tuple[int, int], tuple[int, int]]
         )
     (top, bottom), (left, right) = pads
     return F.pad(x, (left, right, top, bottom), mode="circular")
-
-
-def run_conv2d(x: Tensor, kernel: Tensor, bias: Tensor | None, conv: LipschitzConv2d) -> Tensor:
-    """conv2d with the stride, padding, dilation and groups of `conv`."""
-    padding: Any = conv.padding
-    if conv.padding_mode == "circular":
-        x = wrap(conv, x, conv._pads)
-        padding = 0
-    return F.conv2d(x, kernel, bias, conv.stride, padding, conv.dilation, conv.groups)

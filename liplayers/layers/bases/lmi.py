@@ -19,10 +19,11 @@ from liplayers.core.precision import exact_precision
 from liplayers.core.weights import ParametrizedModule
 from liplayers.errors import ArgumentError, ShapeError
 from liplayers.linalg.convolution import orthogonal_taps_
-from liplayers.linalg.fourier import Grid, fast_size, fourier_multiply, transfer_matrix
+from liplayers.linalg.fourier import Grid, fast_size, fourier_multiply
 from liplayers.linalg.lmi import ExplicitWeights, Sector, margin, proven_lipschitz
 from liplayers.linalg.orthogonal import fill_orthogonal_
 from liplayers.modules.activations import Householder, require_sector, require_slope_range, sector, tied_channels
+from liplayers.modules.frozen import FrozenFourierConv2d, FrozenLMIBlock, Placement, image_size, plain_linear
 
 Sizes = int | Sequence[int]
 LARGEST_EXPONENT = 15.0  # multipliers up to e^±15: beyond it float32 holds one end of a ratio of weights only
@@ -30,19 +31,22 @@ ROTATED = 4  # hidden layers that start as random rotations, which halve what a 
 SMALLEST, LARGEST = 1e-20, 1e20  # of 𝓛: beyond them weights of float32 underflow or overflow
 
 
-class _LMIModule(ParametrizedModule):
-    """The sizes, the sector of the activation, the biases and the bound of a dense or convolutional block."""
+class LMIBlock(ParametrizedModule, abstract=True):
+    """The sizes, the sector of the activation, the biases and the bound of a dense or convolutional block.
+
+    `map_weight` returns weights in float64 that satisfy the inequality. A family's constructor calls that of
+    `DenseLMIBlock` or `Conv2dLMIBlock`, makes what is mapped, then the biases by `make_biases`, and calls
+    `reset_parameters`.
+    """
 
     unit_slopes_only = False  # whether the family's proof needs slopes in [0, 1]
     activation: nn.Module
     sizes: tuple[int, ...]  # d_0, d_1, …, d_n
     outputs: int
+    log_multiplier: nn.Parameter
     hidden_bias: nn.Parameter | None
     bias: nn.Parameter | None
-
     reset_parameters: Callable[[], None]
-    explicit_weights: Callable[..., ExplicitWeights]
-    """(*what the effective weight depends on) → weights in float64 that satisfy the inequality."""
 
     def _configure(self, sizes: Sequence[int], outputs: int, activation: nn.Module | None, lipschitz: float) -> None:
         number = isinstance(lipschitz, (int, float)) and not isinstance(lipschitz, bool)
@@ -82,11 +86,14 @@ class _LMIModule(ParametrizedModule):
             )
         return [tied_channels(self.activation, size) for size in self.sizes[1:]]
 
-    def _make_parameters(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        self._make_raw(device, dtype)
-        self.hidden_bias = nn.Parameter(torch.empty(sum(self.sizes[1:]), device=device, dtype=dtype)) if bias else None
-        self.bias = nn.Parameter(torch.empty(self.outputs, device=device, dtype=dtype)) if bias else None
-        self.reset_parameters()
+    def make_biases(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """b_1 … b_n in one vector, and b."""
+        self.hidden_bias = self.new_parameter((sum(self.sizes[1:]),), device, dtype) if bias else None
+        self.bias = self.new_parameter((self.outputs,), device, dtype) if bias else None
+
+    def explicit_weights(self, *grid: Grid) -> ExplicitWeights:
+        """The weights in float64, before they are shrunk and rounded; of a convolution, on a grid of frequencies."""
+        return self.exact_weight(*grid)
 
     def start_layers(self, matrices: Sequence[Tensor], gain: float, kept: float) -> None:
         """Orthogonal matrices for the hidden layers, of singular values `gain`.
@@ -121,17 +128,14 @@ class _LMIModule(ParametrizedModule):
             found.append(part if group is None else part[torch.tensor(group, device=part.device)])
         return tuple(found)
 
-    def _rounded(self, weights: ExplicitWeights, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def rounded(self, weight: ExplicitWeights) -> tuple[Tensor, ...]:
         """The weights, with the margin for their rounding, in the dtype that they run in."""
-        size = max(*self.sizes, self.outputs)
+        dtype = self.raw.dtype
         at_least_single = torch.promote_types(dtype, torch.float32)
-        executed = weights.shrunk(1 - margin(size, at_least_single)).executed()
+        executed = weight.shrunk(1 - margin(max(*self.sizes, self.outputs), at_least_single)).executed()
         # transforms exist in single precision at least
         transformed = torch.complex128 if at_least_single == torch.float64 else torch.complex64
         return tuple(w.to(transformed if w.is_complex() else dtype) for w in executed)
-
-    def compute_effective(self, *key: int) -> tuple[Tensor, ...]:
-        return self._rounded(self.explicit_weights(*key), self.raw.dtype)
 
     def check_parts(self) -> None:
         """The activation may have been replaced, or its parameters trained, since construction."""
@@ -142,8 +146,14 @@ class _LMIModule(ParametrizedModule):
                 f"weights are made for; build a new layer with this activation"
             )
 
-    def _hidden_biases(self) -> Sequence[Tensor | None]:
+    def hidden_biases(self) -> Sequence[Tensor | None]:
+        """b_1 … b_n."""
         return [None] * (len(self.sizes) - 1) if self.hidden_bias is None else self.hidden_bias.split(self.sizes[1:])
+
+    def _frozen(self, layers: Sequence[nn.Module], multipliers: Sequence[Tensor], lipschitz: float) -> nn.Module:
+        n = len(self.sizes) - 1
+        skip = layers[n + 1] if len(layers) > n + 1 else None
+        return FrozenLMIBlock(layers[:n], self.activation, layers[n], skip, multipliers, lipschitz, self.sector)
 
     def _arguments(self) -> str:
         text = "" if isinstance(self.activation, nn.ReLU) else f", activation={self.activation}"
@@ -151,20 +161,16 @@ class _LMIModule(ParametrizedModule):
         return text + (", bias=False" if self.bias is None else "")
 
 
-class DenseLMIBlock(_LMIModule):
+class DenseLMIBlock(LMIBlock, abstract=True):
     """Base of the dense forms."""
 
     def __init__(
         self,
         features: int,
-        hidden_features: Sizes | None = None,
-        out_features: int | None = None,
-        bias: bool = True,
-        *,
-        activation: nn.Module | None = None,
-        lipschitz: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        hidden_features: Sizes | None,
+        out_features: int | None,
+        activation: nn.Module | None,
+        lipschitz: float,
     ) -> None:
         super().__init__()
         out_features = features if out_features is None else out_features
@@ -174,14 +180,13 @@ class DenseLMIBlock(_LMIModule):
         self.hidden_features = hidden
         self.out_features = out_features
         self._configure((features, *hidden), out_features, activation, lipschitz)
-        self._make_parameters(bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # activations act on dimension 1
         weights = self.effective()
         n = len(self.sizes) - 1
         w = flat
-        for C, b in zip(weights[:n], self._hidden_biases(), strict=True):
+        for C, b in zip(weights[:n], self.hidden_biases(), strict=True):
             w = self.activation(F.linear(w, C, b))
         y = F.linear(w, weights[n], self.bias)
         if len(weights) > n + 1:
@@ -200,6 +205,11 @@ class DenseLMIBlock(_LMIModule):
         """The Lipschitz constant that the weights are made for."""
         return self.lipschitz
 
+    def frozen(self, shape: tuple[int, ...] | None) -> nn.Module:
+        biases = [*self.hidden_biases(), self.bias, None]
+        layers = [plain_linear(weight, bias) for weight, bias in zip(self.effective(), biases, strict=False)]
+        return self._frozen(layers, self.explicit_weights().multipliers, self.target())
+
     def extra_repr(self) -> str:
         hidden = self.hidden_features[0] if len(self.hidden_features) == 1 else self.hidden_features
         text = f"features={self.features}, hidden_features={hidden}"
@@ -207,7 +217,7 @@ class DenseLMIBlock(_LMIModule):
         return text + self._arguments()
 
 
-class Conv2dLMIBlock(_LMIModule):
+class Conv2dLMIBlock(LMIBlock, abstract=True):
     """Base of the convolutional forms: the inequality at each frequency of a torus, with multipliers for each channel.
 
     The image, with zeros for zero padding, is pixel-unshuffled by the stride and put on the torus; embedding and
@@ -219,17 +229,13 @@ class Conv2dLMIBlock(_LMIModule):
     def __init__(
         self,
         channels: int,
-        hidden_channels: Sizes | None = None,
-        out_channels: int | None = None,
-        kernel_size: int = 3,
-        stride: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        *,
-        activation: nn.Module | None = None,
-        lipschitz: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        hidden_channels: Sizes | None,
+        out_channels: int | None,
+        kernel_size: int,
+        stride: int,
+        padding_mode: str,
+        activation: nn.Module | None,
+        lipschitz: float,
     ) -> None:
         super().__init__()
         out_channels = channels if out_channels is None else out_channels
@@ -245,23 +251,18 @@ class Conv2dLMIBlock(_LMIModule):
         self.stride = stride
         self.padding_mode = padding_mode
         self._configure((channels * stride**2, *hidden), out_channels, activation, lipschitz)
-        self._make_parameters(bias, device, dtype)
 
     @property
     def taps(self) -> int:
         """The side of the kernels on the pixel-unshuffled image."""
         return math.ceil(self.kernel_size / self.stride)
 
-    def transfer(self, kernel: Tensor, height: int, width: int) -> Tensor:
-        """The transfer matrices of a raw kernel in float64."""
-        return transfer_matrix(kernel.double(), (height, width))
-
     def forward(self, x: Tensor) -> Tensor:
         check_image(self, x, self.channels)
         check_transformed(self, x, self.raw.dtype)
         image = x if x.dim() == 4 else x[None]
         with exact_precision(x.device):
-            y = self._run(image.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+            y = self.run(image.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
         return y if x.dim() == 4 else y[0]
 
     def place(self, image: Grid) -> tuple[tuple[Grid, Grid], Grid, Grid]:
@@ -278,14 +279,14 @@ class Conv2dLMIBlock(_LMIModule):
         grid = size if not pad else (fast_size(size[0] + pad), fast_size(size[1] + pad))
         return ((0, -height % s), (0, -width % s)), size, grid
 
-    def _run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         pads, size, grid = self.place((x.shape[-2], x.shape[-1]))
         x = F.pad(x, (*pads[1], *pads[0]))
         x = rearrange(x, "n c (h a) (w b) -> n (c a b) h w", a=self.stride, b=self.stride)
-        weights = self.effective(*grid)
+        weights = self.effective(grid)
         n = len(self.sizes) - 1
         w = x
-        for C, b in zip(weights[:n], self._hidden_biases(), strict=True):
+        for C, b in zip(weights[:n], self.hidden_biases(), strict=True):
             w = fourier_multiply(w, C, grid, grid)
             w = self.activation(w if b is None else w + b.to(w.dtype)[:, None, None])
         y = fourier_multiply(w, weights[n], grid, size)
@@ -297,6 +298,23 @@ class Conv2dLMIBlock(_LMIModule):
         """`lipschitz`: the margin keeps the inequality for the weights as rounded, at every size."""
         self.check_parts()
         return self.lipschitz
+
+    frozen_for_one_shape = True
+
+    def frozen(self, shape: tuple[int, ...] | None) -> nn.Module:
+        image = image_size(shape)
+        s = (self.stride, self.stride)
+        pads, size, grid = self.place(image)
+        whole = Placement(grid, ((0, 0), (0, 0)), (1, 1), (0, 0), grid)
+        first = Placement(image, pads, s, (0, 0), grid)
+        last = Placement(grid, ((0, 0), (0, 0)), (1, 1), (0, 0), size)
+        skip = Placement(image, pads, s, (0, 0), size)
+        places = [first, *[whole] * (len(self.sizes) - 2), last, skip]
+        biases = [*self.hidden_biases(), self.bias, None]
+        weights = zip(self.effective(grid), biases, places, strict=False)
+        layers = [FrozenFourierConv2d(transfer, bias, grid, place) for transfer, bias, place in weights]
+        multipliers = self.explicit_weights((1, 1)).multipliers  # the same at every frequency of every grid
+        return self._frozen(layers, multipliers, self.lipschitz)
 
     def extra_repr(self) -> str:
         hidden = self.hidden_channels[0] if len(self.hidden_channels) == 1 else self.hidden_channels
