@@ -161,8 +161,8 @@ def modules_table() -> str:
     """Every other module that `import liplayers` gives, with what it is."""
     of_families = {make for family in FAMILIES.values() for make in _classes(family).values()}
     others = {
-        name: make
-        for name, make in vars(liplayers).items()
+        make.__name__: make
+        for make in vars(liplayers).values()
         if inspect.isclass(make) and issubclass(make, nn.Module) and make not in of_families
     }
     return table(["module", ""], [[f"`{name}`", _first_line(others[name])] for name in sorted(others)])

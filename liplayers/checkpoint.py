@@ -17,6 +17,18 @@ from torch import Tensor, nn
 
 from liplayers.errors import CheckpointError
 
+__all__ = [
+    "KEY",
+    "MOST_STEPS",
+    "Checkpoint",
+    "check_parts",
+    "describe",
+    "load_checkpoint",
+    "load_tensors",
+    "run_folder",
+    "widen_scalars",
+]
+
 KEY = "liplayers"
 MOST_STEPS = 2**53  # that a checkpoint may say it has behind it
 _PREFIX = "model."

@@ -9,6 +9,26 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DataNotFoundError",
+    "ExportError",
+    "LipschitzError",
+    "MissingPackageError",
+    "NonFiniteError",
+    "Obstacle",
+    "OutputError",
+    "RefutedError",
+    "SettledError",
+    "ShapeError",
+    "UnknownBoundError",
+    "UnknownNameError",
+    "VerificationError",
+]
+
 
 class LipschitzError(Exception):
     """Base class of every error that liplayers raises on purpose."""

@@ -15,6 +15,8 @@ from filelock import FileLock, Timeout
 
 from liplayers.errors import OutputError
 
+__all__ = ["held", "save_tensors", "whole_file"]
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:

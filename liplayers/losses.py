@@ -15,6 +15,27 @@ from torch import Tensor, nn
 
 from liplayers.errors import ArgumentError
 
+__all__ = [
+    "EMMA",
+    "HKR",
+    "CertificateRegularization",
+    "CrossEntropy",
+    "GloRoTrades",
+    "LogitAnnealing",
+    "MarginLoss",
+    "MultiMargin",
+    "OffsetCrossEntropy",
+    "RadiusLoss",
+    "certificate_regularization",
+    "emma",
+    "emma_logits",
+    "gloro_trades",
+    "hkr",
+    "logit_annealing",
+    "multi_margin",
+    "offset_cross_entropy",
+]
+
 
 def _one_hot(target: Tensor, logits: Tensor) -> Tensor:
     """As `F.one_hot`, which torch.func.vmap does not take."""

@@ -17,3 +17,9 @@ from liplayers.export import freeze as freeze
 from liplayers.layers import *
 from liplayers.linalg.norms import row_distances as row_distances
 from liplayers.modules import *
+from liplayers.modules import BatchCentering as BatchCentering
+from liplayers.modules import ConvexResidual as ConvexResidual
+from liplayers.modules import ScaledAvgPool2d as ScaledAvgPool2d
+
+# names of before 0.2, which models and checkpoints of others may have
+AvgPool2d, Centring, Residual = ScaledAvgPool2d, BatchCentering, ConvexResidual

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+__all__ = ["one_line", "printable"]
+
 
 def printable(text: object) -> str:
     r"""Every character that does not print as itself as its escape: a name must not break a line or move the cursor.

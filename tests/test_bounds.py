@@ -52,7 +52,7 @@ EXACT = {
     "scale": lp.Scale(-2.5),
     "normalize": lp.Normalize([0.1] * 4, [0.2, 0.5, 1.0, 2.0]),
     "batch norm": norm_layer(),
-    "our average": lp.AvgPool2d((2, 3)),
+    "our average": lp.ScaledAvgPool2d((2, 3)),
 }
 UPPER = {
     "average k>s": nn.AvgPool2d(3, stride=1),
@@ -199,7 +199,7 @@ def test_sequential_multiplies_and_nested_paths_are_reported():
 
 def test_containers():
     branch = nn.Sequential(lp.Scale(3.0))
-    assert lp.lipschitz_bound(lp.Residual(branch, alpha=0.25)) == pytest.approx(0.75 + 0.25 * 3)
+    assert lp.lipschitz_bound(lp.ConvexResidual(branch, alpha=0.25)) == pytest.approx(0.75 + 0.25 * 3)
     assert lp.lipschitz_bound(lp.Concatenate([branch, lp.Scale(4.0)])) == pytest.approx(5.0)
 
 
@@ -371,8 +371,8 @@ def test_sums_count_what_broadcasting_repeats(name):
 @pytest.mark.parametrize(
     "module",
     [
-        lp.Residual(lp.AOLLinear(16, 1)),
-        lp.Residual(nn.MaxPool2d(4)),
+        lp.ConvexResidual(lp.AOLLinear(16, 1)),
+        lp.ConvexResidual(nn.MaxPool2d(4)),
         lp.Normalize([0.5] * 3, [1.0] * 3),
     ],
 )
@@ -399,7 +399,7 @@ def hooked(module: nn.Module, kind: str) -> nn.Module:
         lambda: nn.Linear(4, 4),
         lambda: lp.AOLLinear(4, 4),
         lambda: nn.Sequential(nn.ReLU()),
-        lambda: lp.Residual(nn.ReLU()),
+        lambda: lp.ConvexResidual(nn.ReLU()),
         lambda: foreign(lambda self, x: x),
     ],
 )
@@ -425,7 +425,7 @@ class Louder(lp.MaxMin):
         return 10 * super().forward(x)
 
 
-class PlainSum(lp.Residual):
+class PlainSum(lp.ConvexResidual):
     def forward(self, x):
         return x + self.branch(x)
 
@@ -549,7 +549,7 @@ def exact_rules() -> dict[str, tuple[nn.Module, Fraction]]:
         "average": (nn.AvgPool2d((1, 3)), Fraction(1, 3)),
         "average overlapping": (nn.AvgPool2d(3, 1), Fraction(1)),
         "average divisor": (nn.AvgPool2d(2, divisor_override=7), Fraction(4, 49)),
-        "our average": (lp.AvgPool2d((1, 3)), 3 / Fraction(math.sqrt(3)) ** 2),
+        "our average": (lp.ScaledAvgPool2d((1, 3)), 3 / Fraction(math.sqrt(3)) ** 2),
         "max": (nn.MaxPool2d((1, 3), 1), Fraction(3)),
         "hard sigmoid": (nn.Hardsigmoid(), Fraction(1, 36)),
         "near one": (near_one, math.prod((Fraction(m.factor) for m in near_one), start=Fraction(1)) ** 2),

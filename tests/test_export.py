@@ -138,11 +138,11 @@ def test_dense_blocks_keep_their_activation_and_any_leading_dimensions(activatio
 PARTS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (lp.Householder(5, order=2), (5,)),
     (lp.Householder(4, dim=-1), (3, 4)),
-    (lp.Residual(nn.Sequential(lp.AOLLinear(4, 4), lp.MaxMin()), alpha=0.3), (4,)),
+    (lp.ConvexResidual(nn.Sequential(lp.AOLLinear(4, 4), lp.MaxMin()), alpha=0.3), (4,)),
     (lp.Concatenate([lp.AOLLinear(4, 2), nn.Identity()]), (4,)),
     (nn.Sequential(lp.Normalize([0.1, 0.2], [0.5, 2.0]), lp.Scale(0.7)), (2, 4, 4)),
-    (nn.Sequential(lp.Centring(2), lp.PositionEmbedding((2, 4, 4))), (2, 4, 4)),
-    (nn.Sequential(lp.AvgPool2d(2), lp.SpatialShift2d(), lp.GlobalL2Pool2d()), (4, 4, 6)),
+    (nn.Sequential(lp.BatchCentering(2), lp.PositionEmbedding((2, 4, 4))), (2, 4, 4)),
+    (nn.Sequential(lp.ScaledAvgPool2d(2), lp.SpatialShift2d(), lp.GlobalL2Pool2d()), (4, 4, 6)),
     (nn.Sequential(lp.Patchify2d(2), lp.PadChannels(20), lp.L2Pool2d(2), lp.BetaAbs(), lp.Abs()), (4, 4, 8)),
     (lp.LipNeXtBlock(5, (4, 3)), (5, 4, 3)),
     (nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), lp.SLLConv2dBlock(3, 5, padding_mode="circular")), (3, 5, 4)),
@@ -662,7 +662,7 @@ def small() -> tuple[nn.Module, tuple[int, ...]]:
         lp.L2Pool2d(4),
         nn.Flatten(),
         lp.Householder(32),
-        lp.Residual(lp.BjorckLinear(32, 32)),
+        lp.ConvexResidual(lp.BjorckLinear(32, 32)),
         lp.LDLTBlock(32, 8, activation=lp.MaxMin()),
         lp.NormalizedLinear(32, 5),
     )
@@ -787,7 +787,7 @@ def test_a_missing_package_names_the_extra(name: str, package: str, tmp_path: Pa
 
 
 def test_residual_connections_freeze_to_a_buffer():
-    frozen = lp.freeze(lp.Residual(lp.AOLLinear(3, 3), alpha=0.25))
+    frozen = lp.freeze(lp.ConvexResidual(lp.AOLLinear(3, 3), alpha=0.25))
     assert type(frozen) is FrozenResidual
     assert frozen.alpha.item() == pytest.approx(0.25)
 

@@ -137,7 +137,7 @@ def test_average_pooling_with_overlap(arguments: dict):
     pool = nn.AvgPool2d(**arguments)
     measured = max(operator_norm(pool, (1, h, w)) for h, w in [(7, 7), (6, 5), (5, 8)])
     assert measured <= lipschitz_bound(pool, (1, 7, 7)) * (1 + 1e-9)
-    for make in (lip.AvgPool2d, lip.L2Pool2d, lip.MaxPool2d):
+    for make in (lip.ScaledAvgPool2d, lip.L2Pool2d, lip.MaxPool2d):
         assert refused(make, 3, 2)
     with pytest.raises(UnknownBoundError):
         lipschitz_bound(nn.LPPool2d(2, 3, 1), (1, 7, 7))

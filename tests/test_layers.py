@@ -101,7 +101,7 @@ def test_an_unknown_activation_suggests_the_nearest():
 
 # Pooling --------------------------------------------------------------------------------------------------------------
 
-POOLS = [lip.AvgPool2d, lip.L2Pool2d, lip.MaxPool2d]
+POOLS = [lip.ScaledAvgPool2d, lip.L2Pool2d, lip.MaxPool2d]
 
 
 @pytest.mark.parametrize("make", POOLS)
@@ -114,7 +114,7 @@ def test_pooling_is_a_contraction_of_torch_s_shape(make: Callable, kernel: int |
     for point in (x[0], 1e-3 * x[1], torch.ones_like(x[0])):
         assert operator_norm(pool, (2, *image), at=point) <= 1 + 1e-12
     constant = randn(1, 2, 1, 1).expand(1, 2, *image)
-    if make is lip.AvgPool2d:
+    if make is lip.ScaledAvgPool2d:
         torch.testing.assert_close(
             pool(x), nn.AvgPool2d(kernel)(x) * math.sqrt(math.prod((kernel, kernel) if type(kernel) is int else kernel))
         )
@@ -122,7 +122,7 @@ def test_pooling_is_a_contraction_of_torch_s_shape(make: Callable, kernel: int |
         torch.testing.assert_close(pool(x), nn.MaxPool2d(kernel)(x))
     else:
         torch.testing.assert_close(pool(x), nn.LPPool2d(2, kernel)(x))
-        torch.testing.assert_close(pool(constant), lip.AvgPool2d(kernel)(constant).abs())
+        torch.testing.assert_close(pool(constant), lip.ScaledAvgPool2d(kernel)(constant).abs())
 
 
 @pytest.mark.parametrize("make", POOLS)
@@ -185,13 +185,13 @@ class Times(LipschitzModule):
 @pytest.mark.parametrize("alpha", [0.01, 0.5, 0.99])
 @pytest.mark.parametrize("factor", [0.0, 1.0, 3.0])
 def test_residual_is_the_convex_combination(alpha: float, factor: float):
-    residual = lip.Residual(Times(factor), alpha).double()
+    residual = lip.ConvexResidual(Times(factor), alpha).double()
     x = randn(2, 3)
     torch.testing.assert_close(residual(x), (1 - alpha) * x + alpha * factor * x, rtol=1e-6, atol=0)
     measured = operator_norm(residual, (3,))
     assert measured == pytest.approx(lip.lipschitz_bound(residual), rel=1e-9)
     assert sum(p.requires_grad for p in residual.parameters()) == 1
-    assert not any(p.requires_grad for p in lip.Residual(Times(1.0), learnable=False).parameters())
+    assert not any(p.requires_grad for p in lip.ConvexResidual(Times(1.0), learnable=False).parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -199,12 +199,12 @@ def test_residual_counts_the_rounding_of_its_two_weights(dtype: torch.dtype):
     """In half precision 1 − α is rounded too, and the sum of what runs can be 1.002."""
     sums = []
     for logit in torch.linspace(-4, 4, 201):
-        residual = lip.Residual(nn.Identity()).to(dtype)
+        residual = lip.ConvexResidual(nn.Identity()).to(dtype)
         residual.logit.data.fill_(logit)
         alpha = residual.logit.sigmoid()
         sums.append(((1 - alpha).double() + alpha.double()).item())
         assert lip.lipschitz_bound(residual) >= sums[-1]
-        plain = lip.Residual(nn.Identity())
+        plain = lip.ConvexResidual(nn.Identity())
         plain.logit.data.fill_(logit)
         alpha = plain.logit.sigmoid()
         with torch.autocast("cpu", dtype):
@@ -215,7 +215,7 @@ def test_residual_counts_the_rounding_of_its_two_weights(dtype: torch.dtype):
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -1.0, 2.0, math.nan])
 def test_residual_refuses_weights_outside_the_interval(alpha: float):
     with pytest.raises(ArgumentError, match="alpha"):
-        lip.Residual(nn.Identity(), alpha)
+        lip.ConvexResidual(nn.Identity(), alpha)
 
 
 def test_concatenate_adds_squares():

@@ -109,15 +109,15 @@ def test_position_embedding_state_and_copies():
     assert lip.PositionEmbedding((2,), device="meta", dtype=torch.float64).position.dtype == torch.float64
 
 
-# Centring -------------------------------------------------------------------------------------------------------------
+# BatchCentering -------------------------------------------------------------------------------------------------------
 
 CENTRED = [(6, 3), (5, 3, 4), (4, 3, 2, 5), (1, 3, 2, 2), (1, 3)]
 
 
 @pytest.mark.parametrize("shape", CENTRED)
-def test_centring_projects_the_batch_in_training(shape: tuple[int, ...]):
+def test_centering_projects_the_batch_in_training(shape: tuple[int, ...]):
     """Against the dense projection I − 11ᵀ/M of each channel, as a map of the whole batch."""
-    layer = lip.Centring(3, dtype=torch.float64)
+    layer = lip.BatchCentering(3, dtype=torch.float64)
     x = randn(*shape) + 5
     entries = x.numel() // 3
     P = torch.eye(entries).double() - 1 / entries
@@ -130,8 +130,8 @@ def test_centring_projects_the_batch_in_training(shape: tuple[int, ...]):
     assert lip.lipschitz_bound(layer.train()) == 1
 
 
-def test_centring_changes_the_batch_no_more_than_one_sample_moved():
-    layer, x = lip.Centring(3, dtype=torch.float64), randn(4, 3, 2)
+def test_centering_changes_the_batch_no_more_than_one_sample_moved():
+    layer, x = lip.BatchCentering(3, dtype=torch.float64), randn(4, 3, 2)
     moved = x.clone()
     moved[1] += 10 * randn(3, 2, seed=1)
     change = layer(moved) - layer(x)
@@ -140,8 +140,8 @@ def test_centring_changes_the_batch_no_more_than_one_sample_moved():
 
 
 @pytest.mark.parametrize("shape", CENTRED)
-def test_centring_shifts_by_the_running_mean_in_eval(shape: tuple[int, ...]):
-    layer = lip.Centring(3, momentum=0.25, dtype=torch.float64)
+def test_centering_shifts_by_the_running_mean_in_eval(shape: tuple[int, ...]):
+    layer = lip.BatchCentering(3, momentum=0.25, dtype=torch.float64)
     mean = torch.zeros(3, dtype=torch.float64)
     for seed in range(3):
         x = randn(*shape, seed=seed)
@@ -157,7 +157,7 @@ def test_centring_shifts_by_the_running_mean_in_eval(shape: tuple[int, ...]):
 
 
 def test_the_running_mean_is_batch_norm_s():
-    layer, norm = lip.Centring(3, momentum=0.3), nn.BatchNorm2d(3, momentum=0.3)
+    layer, norm = lip.BatchCentering(3, momentum=0.3), nn.BatchNorm2d(3, momentum=0.3)
     for seed in range(4):
         x = 3 + randn(5, 3, 4, 4, seed=seed).float()
         layer(x)
@@ -166,34 +166,34 @@ def test_the_running_mean_is_batch_norm_s():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_centring_in_half_precision_takes_the_mean_in_float32(dtype: torch.dtype):
+def test_centering_in_half_precision_takes_the_mean_in_float32(dtype: torch.dtype):
     x = (100 + randn(4096, 2)).to(dtype)
-    layer = lip.Centring(2, momentum=1.0, dtype=dtype)
+    layer = lip.BatchCentering(2, momentum=1.0, dtype=dtype)
     y = layer(x)
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), (x.double() - x.double().mean(0)), rtol=0.01, atol=1e-3)
     assert lip.lipschitz_bound(layer) == lip.lipschitz_bound(layer.eval()) == 1
     assert layer(x).dtype == dtype
     with torch.autocast("cpu", dtype):
-        assert lip.Centring(2)(x).dtype == dtype
+        assert lip.BatchCentering(2)(x).dtype == dtype
         assert lip.lipschitz_bound(layer) == 1
 
 
-def test_centring_state_copies_and_modes():
-    layer = lip.Centring(2, momentum=0.5)
+def test_centering_state_copies_and_modes():
+    layer = lip.BatchCentering(2, momentum=0.5)
     assert list(layer.state_dict()) == ["running_mean"]
     assert not list(layer.parameters())
-    assert repr(layer) == "Centring(channels=2, momentum=0.5)"
+    assert repr(layer) == "BatchCentering(channels=2, momentum=0.5)"
     layer(randn(8, 2).float() + 1)
     buffer = io.BytesIO()
     torch.save(layer.state_dict(), buffer)
     buffer.seek(0)
-    twin = lip.Centring(2).eval()
+    twin = lip.BatchCentering(2).eval()
     twin.load_state_dict(torch.load(buffer, weights_only=True))
     x = randn(3, 2, seed=1).float()
     for other in (twin, copy.deepcopy(layer).eval(), pickle.loads(pickle.dumps(layer)).eval()):
         assert torch.equal(other(x), layer.eval()(x))
-    model = nn.Sequential(lip.AOLLinear(3, 2), lip.Centring(2)).train()
+    model = nn.Sequential(lip.AOLLinear(3, 2), lip.BatchCentering(2)).train()
     assert lip.lipschitz_bound(model, (3,)) == 1
     assert torch.equal(model[1].running_mean, torch.zeros(2))  # trying the shape is no training
     layer.running_mean[0] = math.nan
@@ -201,14 +201,14 @@ def test_centring_state_copies_and_modes():
         lip.lipschitz_bound(layer)
 
 
-def test_centring_refuses_arguments_and_shapes():
+def test_centering_refuses_arguments_and_shapes():
     with pytest.raises(ArgumentError, match="channels"):
-        lip.Centring(0)
+        lip.BatchCentering(0)
     for momentum in (-0.1, 1.1, math.nan, None):
         with pytest.raises(ArgumentError, match=r"momentum=.*\[0, 1\]"):
-            lip.Centring(3, momentum)
+            lip.BatchCentering(3, momentum)
     for training in (True, False):
-        layer = lip.Centring(3).train(training)
+        layer = lip.BatchCentering(3).train(training)
         for shape in [(3,), (2, 4), (2, 1, 3)]:
             with pytest.raises(ShapeError, match=r"expected \(N, 3, …\)"):
                 layer(torch.zeros(shape))

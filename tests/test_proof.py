@@ -205,7 +205,7 @@ class Mixing(nn.Module):
         lp.GroupSort(dim=0),
         lp.GroupSort(None, dim=-2),
         lp.BetaAbs(dim=0),
-        lp.Residual(lp.MaxMin(-2)),
+        lp.ConvexResidual(lp.MaxMin(-2)),
         Mixing(lambda x: (x + x.unsqueeze(1))[:, 0]),
         Mixing(lambda x: x - x[0]),
         Mixing(lambda x: x.reshape(-1, 2, 2).transpose(0, 1).reshape(-1, 4)),

@@ -97,7 +97,7 @@ def test_activations_evaluate_within_their_error(activation: nn.Module, norm: fl
 
 
 SHAPED: list[tuple[nn.Module, tuple[int, ...]]] = [
-    (lp.AvgPool2d(2), (4, 4, 6)),
+    (lp.ScaledAvgPool2d(2), (4, 4, 6)),
     (lp.L2Pool2d(2), (4, 4, 6)),
     (lp.MaxPool2d(2), (4, 5, 6)),
     (lp.GlobalL2Pool2d(), (4, 4, 6)),
@@ -107,8 +107,8 @@ SHAPED: list[tuple[nn.Module, tuple[int, ...]]] = [
     (lp.SpatialShift2d(), (4, 4, 6)),
     (lp.Normalize([0.1, 0.5], [0.3, 2.0]), (2, 4, 4)),
     (lp.Scale(-3.7), (4,)),
-    (nn.Sequential(lp.Centring(2), lp.PositionEmbedding((2, 4, 4))), (2, 4, 4)),
-    (lp.Residual(nn.Sequential(lp.AOLLinear(4, 4), lp.MaxMin()), alpha=0.3), (4,)),
+    (nn.Sequential(lp.BatchCentering(2), lp.PositionEmbedding((2, 4, 4))), (2, 4, 4)),
+    (lp.ConvexResidual(nn.Sequential(lp.AOLLinear(4, 4), lp.MaxMin()), alpha=0.3), (4,)),
     (lp.Concatenate([lp.AOLLinear(4, 2), nn.Tanh()]), (4,)),
     (nn.MaxPool2d(3, 2, padding=1), (2, 6, 6)),
     (nn.MaxPool2d(2, 1, dilation=2), (2, 6, 6)),

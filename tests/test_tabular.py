@@ -545,7 +545,7 @@ def test_certify_without_a_range_refuses_only_what_is_not_finite(value: float) -
     fails(ShapeError, partial(check, [(inputs[:, :2], labels)]), "inputs have shape (2,)", "(3,); use the data set")
 
 
-def test_mlp_takes_any_shape_and_leaves_out_the_centring() -> None:
+def test_mlp_takes_any_shape_and_leaves_out_the_centering() -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 6)
     plain = mlp((6,), 3, linear="aol", width=8, depth=2, mean=None)

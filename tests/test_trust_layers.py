@@ -30,18 +30,18 @@ FIXED: list[Callable[[], nn.Module]] = [
     lambda: lp.GroupSort(3),
     lambda: lp.BetaAbs(),
     lambda: lp.Householder(4),
-    lambda: lp.AvgPool2d(2),
+    lambda: lp.ScaledAvgPool2d(2),
     lambda: lp.L2Pool2d(2),
     lambda: lp.MaxPool2d(2),
     lambda: lp.GlobalL2Pool2d(),
     lambda: lp.PadChannels(6),
     lambda: lp.Patchify2d(2),
     lambda: lp.PositionEmbedding(IMAGE),
-    lambda: lp.Centring(4),
+    lambda: lp.BatchCentering(4),
     lambda: lp.Scale(2.0),
     lambda: lp.Normalize([0.5] * 4, [0.5] * 4),
     lambda: lp.SpatialShift2d(),
-    lambda: lp.Residual(nn.ReLU()),
+    lambda: lp.ConvexResidual(nn.ReLU()),
     lambda: lp.Concatenate([nn.Identity(), lp.AOLConv2d(4, 3, 3, padding=1)]),
 ]
 
@@ -56,7 +56,7 @@ def every_module() -> Iterator[tuple[nn.Module, tuple[int, ...]]]:
         layer, shape = example(family, role)
         yield lp.freeze(layer, shape), shape
     yield lp.freeze(lp.Householder(4)), IMAGE
-    yield lp.freeze(lp.Residual(nn.ReLU())), IMAGE
+    yield lp.freeze(lp.ConvexResidual(nn.ReLU())), IMAGE
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_a_bias_of_another_shape_does_not_multiply_the_output(make: Callable[[],
     ("module", "name", "shape"),
     [
         (lp.PositionEmbedding((1, 3, 3)), "position", (2, 1, 1, 3, 3)),
-        (lp.Centring(1), "running_mean", (5,)),
+        (lp.BatchCentering(1), "running_mean", (5,)),
         (lp.Normalize([0.5], [0.5]), "std", (5,)),
         (lp.Normalize([0.5], [0.5]), "mean", (5,)),
     ],
@@ -325,14 +325,19 @@ def test_only_real_numbers_are_parameters(family: str, role: str):
 
 @pytest.mark.parametrize(
     "make",
-    [lp.LipNeXtBlock, lp.Householder, lp.Centring, lambda size, dtype: lp.PositionEmbedding((size,), dtype=dtype)],
+    [
+        lp.LipNeXtBlock,
+        lp.Householder,
+        lp.BatchCentering,
+        lambda size, dtype: lp.PositionEmbedding((size,), dtype=dtype),
+    ],
 )
 def test_nor_are_others_the_parameters_of_what_is_no_family(make: Callable[..., nn.Module]):
     for dtype in NO_DTYPES:
         with pytest.raises(ArgumentError, match="dtype="):
             make(4, dtype=dtype)
     with pytest.raises(ArgumentError, match="complex64"):
-        lp.Residual(nn.ReLU()).to(torch.complex64)
+        lp.ConvexResidual(nn.ReLU()).to(torch.complex64)
 
 
 # Empty batches --------------------------------------------------------------------------------------------------------
@@ -441,7 +446,7 @@ SCALARS: list[tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = [
     (lambda: lp.CayleyLinear(4, 4), "gain", (4,)),
     (lambda: lp.CayleyConv2d(2, 2, 3), "gain", (2, 5, 5)),
     (lambda: lp.LBDN(4, learnable=True), "log_lipschitz", (4,)),
-    (lambda: lp.Residual(nn.ReLU()), "logit", (4,)),
+    (lambda: lp.ConvexResidual(nn.ReLU()), "logit", (4,)),
 ]
 
 
@@ -465,7 +470,7 @@ def test_older_checkpoints_with_scalars_load(make: Callable[[], nn.Module], name
 
 
 def test_a_residual_connection_keeps_the_dtype_of_its_input():
-    assert lp.Residual(nn.ReLU())(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert lp.ConvexResidual(nn.ReLU())(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.NAdam])

@@ -90,7 +90,7 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "frozen LMI, layer": (lambda: lp.freeze(lp.LDLTBlock(4)), "inner.0"),
     "frozen SLL": (lambda: lp.freeze(lp.SLLBlock(4)), "activation"),
     "frozen SLL, layer": (lambda: lp.freeze(lp.SLLBlock(4)), "outgoing"),
-    "frozen convex sum": (lambda: lp.freeze(lp.Residual(nn.ReLU())), "branch"),
+    "frozen convex sum": (lambda: lp.freeze(lp.ConvexResidual(nn.ReLU())), "branch"),
 }
 
 

@@ -18,6 +18,29 @@ from torch import Tensor, nn
 from liplayers.audit.ball import project, random_point, rows_like, uphill, within_reach
 from liplayers.errors import ArgumentError, DataError, ShapeError, UnknownNameError
 
+__all__ = [
+    "LOSSES",
+    "Attacked",
+    "Loss",
+    "Search",
+    "apgd",
+    "attack",
+    "batches",
+    "check_counts",
+    "check_inputs",
+    "check_samples",
+    "cross_entropy_loss",
+    "dlr_loss",
+    "gradient_of",
+    "headroom",
+    "linear_distances",
+    "margin_loss",
+    "misclassified",
+    "nearest_classes",
+    "pgd",
+    "seeded",
+]
+
 
 class Attacked(NamedTuple):
     """The point that an attack ends at for each sample, (N, *shape), and whether it has fallen there, (N,)."""

@@ -25,6 +25,18 @@ from liplayers.certification.report import label_plot
 from liplayers.errors import ArgumentError, ShapeError
 from liplayers.text import printable
 
+__all__ = [
+    "METHODS",
+    "MOST",
+    "QUANTILES",
+    "Audit",
+    "Refutation",
+    "RobustAccuracy",
+    "audit",
+    "audit_figure",
+    "audit_table",
+]
+
 METHODS = ("pgd", "apgd")
 QUANTILES = (0.0, 0.5, 0.95)
 MOST = 100  # refutations of each kind that are kept with their points; all are counted

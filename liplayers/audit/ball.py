@@ -5,6 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = [
+    "U",
+    "at_least_unit_norm",
+    "distance",
+    "project",
+    "random_direction",
+    "random_point",
+    "rows_like",
+    "unit",
+    "uphill",
+    "within_reach",
+]
+
 U = torch.finfo(torch.float64).eps / 2
 
 

@@ -21,6 +21,8 @@ from liplayers.audit.attack import (
 )
 from liplayers.audit.ball import project, random_direction, rows_like, unit, uphill, within_reach
 
+__all__ = ["HALVINGS", "boundary_points", "rounding_attack"]
+
 HALVINGS = (16, 20, 24, 28, 32, 36, 40, 42, 44, 46, 48, 50, 52, 56)  # margins from 1e-5 of the first to its rounding
 
 

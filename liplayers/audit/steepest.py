@@ -20,6 +20,8 @@ from liplayers.audit.attack import (
 )
 from liplayers.audit.ball import at_least_unit_norm, distance, random_direction, rows_like, uphill
 
+__all__ = ["ROUNDING", "SCALES", "Steepest", "lipschitz_lower_bound", "margin_ratio_lower_bound"]
+
 SCALES = (1e-3, 1e-1, 1.0)  # of difference quotients, times max(1, ‖x‖): evaluation errors, 1e-15, stay negligible
 ROUNDING = 1e-9  # of the largest Lipschitz constant: what difference quotients at these scales may err by
 

@@ -33,6 +33,17 @@ from liplayers.linalg.norms import rounded_up, row_distances
 from liplayers.linalg.verified import Enclosure
 from liplayers.modules.containers import Container
 
+__all__ = [
+    "ClassifierBounds",
+    "HeadSplit",
+    "classifier_bounds",
+    "head_splitter",
+    "layer_bounds",
+    "lipschitz_bound",
+    "register_bound",
+    "split_head",
+]
+
 
 def lipschitz_bound(model: nn.Module, input_shape: Shape | None = None) -> float:
     """A proven upper bound on the ℓ2 Lipschitz constant of `model`.
@@ -120,8 +131,8 @@ def split_head(model: nn.Module, input_shape: Shape | None = None) -> HeadSplit:
 def head_splitter(model: nn.Module, input_shape: Shape | None = None) -> Callable[[], HeadSplit]:
     """`split_head` of a model whose weights change, and nothing else: its structure is understood once.
 
-    >>> from liplayers import AOLLinear, NormalizedLinear, Residual
-    >>> model = nn.Sequential(Residual(nn.Linear(4, 4)), NormalizedLinear(4, 3))
+    >>> from liplayers import AOLLinear, ConvexResidual, NormalizedLinear
+    >>> model = nn.Sequential(ConvexResidual(nn.Linear(4, 4)), NormalizedLinear(4, 3))
     >>> split = head_splitter(model, (4,))
     >>> before = split().body_bound
     >>> _ = nn.init.zeros_(model[0].branch.weight)

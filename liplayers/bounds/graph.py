@@ -23,6 +23,8 @@ from liplayers.bounds.twin import private_copy
 from liplayers.errors import UnknownBoundError
 from liplayers.linalg import upward
 
+__all__ = ["Program", "Shapes", "graph_bounds", "trace"]
+
 Shapes = dict[fx.Node, tuple[int, ...] | None]
 
 _UNCHANGED_FUNCTIONS = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze}

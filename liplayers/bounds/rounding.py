@@ -37,6 +37,8 @@ from liplayers.errors import ArgumentError, UnknownBoundError
 from liplayers.linalg.convolution import overlap
 from liplayers.linalg.verified import conv_norm_enclosure, entry_norm, largest_norm_enclosure
 
+__all__ = ["FACTORIES", "RULES", "WHOLE", "Arithmetic", "Rounding", "RoundingAnalysis", "RoundingRow", "Value", "aten"]
+
 _SLACK = 1 + 2.0**-40  # of each rule's own arithmetic in float64: fewer than 2¹² roundings
 _FUNCTION = 64  # units u by which torch's exp, tanh, erf and what is made of them may be off
 

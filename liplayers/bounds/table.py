@@ -12,6 +12,8 @@ from liplayers.layers.bases.dense import LipschitzLinear
 from liplayers.layers.bases.kernel import KernelConv2d
 from liplayers.linalg.verified import Enclosure, conv_norm_enclosure, norm_enclosure
 
+__all__ = ["NormRow", "norm_table"]
+
 
 @dataclass(frozen=True)
 class NormRow:

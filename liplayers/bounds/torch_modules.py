@@ -18,6 +18,8 @@ from liplayers.linalg.convolution import overlap
 from liplayers.linalg.verified import Enclosure, conv_norm_enclosure, norm_enclosure
 from liplayers.modules.activations import slope_range
 
+__all__ = ["RULES", "Bound", "Rule", "Shape", "torch_bound"]
+
 Shape = tuple[int, ...]
 Bound = float | Enclosure
 Rule = Callable[[Any, "Shape | None"], "Bound | Callable[[], Bound]"]  # what takes long is returned to be called later

@@ -25,6 +25,8 @@ from liplayers.bounds.graph import Program, Shapes
 from liplayers.bounds.twin import private_copy
 from liplayers.errors import UnknownBoundError
 
+__all__ = ["Trial"]
+
 _RUNS = ((2, torch.inference_mode), (3, torch.enable_grad))  # batches: what is none has the same size in both
 _MODES = (torch.no_grad, torch.inference_mode, torch.enable_grad)
 _INTERNAL = vars(nn.Module()).keys() - {"training"}

@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from liplayers.errors import UnknownBoundError
 
+__all__ = ["Model", "private_copy", "twin"]
+
 Model = TypeVar("Model", bound=nn.Module)
 
 

@@ -14,6 +14,8 @@ from liplayers.certification.network import CertifiedNetwork
 from liplayers.certification.radius import certified_accuracy
 from liplayers.errors import DataError, ShapeError
 
+__all__ = ["PROGRESS_FROM", "Certificates", "certify"]
+
 PROGRESS_FROM = 2000  # samples; shorter sets are done before a bar is read
 
 

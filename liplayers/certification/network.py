@@ -20,6 +20,8 @@ from liplayers.core.precision import Setting, exact_precision, held
 from liplayers.errors import ArgumentError, CheckpointError, ShapeError, UnknownBoundError, UnknownNameError
 from liplayers.export.freeze import check_plain, freeze
 
+__all__ = ["LARGEST_RADIUS", "MODES", "SAME_WEIGHTS", "CertifiedNetwork", "state_sha256"]
+
 MODES = ("proof", "fast")
 SAME_WEIGHTS = 1e-5  # relative to the largest entry: what orders of summation make of weights in float32
 LARGEST_RADIUS = 2.0**20  # certified; rounding is analysed for a bounded set of inputs

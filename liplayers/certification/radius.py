@@ -11,6 +11,8 @@ from torch import Tensor
 
 from liplayers.errors import ArgumentError, ShapeError
 
+__all__ = ["certified_accuracy", "certified_radius", "parse_radius"]
+
 _NUMBER = re.compile(r"\s*-?[\d.]{1,30}(e[+-]?\d{1,3})?(\s*/\s*\d{1,30})?\s*", re.ASCII)  # short: "1e999999999" is not
 
 

@@ -28,6 +28,31 @@ from liplayers.errors import OutputError
 from liplayers.files import held, save_tensors
 from liplayers.text import printable
 
+__all__ = [
+    "CSV_HEADER",
+    "MOST_FEATURES",
+    "MOST_RADII",
+    "STATEMENTS",
+    "Radii",
+    "csv_text",
+    "curve",
+    "environment",
+    "figure_writer",
+    "json_text",
+    "json_writer",
+    "label_plot",
+    "original_units",
+    "proof_line",
+    "proofs",
+    "results_table",
+    "state_writer",
+    "statement",
+    "summary",
+    "text_writer",
+    "units_table",
+    "write_outputs",
+]
+
 Radii = Sequence[float | str]
 
 CSV_HEADER = ("index", "label", "prediction", "margin", "radius")

@@ -16,6 +16,8 @@ from liplayers.cli.proving import Certified
 from liplayers.commands.output import console, say
 from liplayers.errors import RefutedError
 
+__all__ = ["audit"]
+
 
 def audit(name: str, one: Certified, samples: int, eps: list[float | str], folder: Path) -> Audit:
     """Attack the first certificates; write audit.json, audit.png and, where one falls, audit_fallen.npz.

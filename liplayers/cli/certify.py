@@ -18,6 +18,8 @@ from liplayers.cli.verify import verify
 from liplayers.commands.output import console, say
 from liplayers.errors import ConfigError
 
+__all__ = ["certify", "write_and_print"]
+
 
 def certify(cfg: DictConfig) -> dict[str, Any]:
     """Certify one checkpoint, or compare several; return the summary of each by name.

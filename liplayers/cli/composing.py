@@ -20,6 +20,17 @@ from liplayers.cli.configuration import DEEPEST, check_config, literal, text, un
 from liplayers.commands.help import config_folder
 from liplayers.errors import ConfigError
 
+__all__ = [
+    "GROUPS",
+    "NOT_RESUMED",
+    "OF_CHECKPOINT",
+    "RESUMED",
+    "certify_config",
+    "refuse_group",
+    "resumed",
+    "training_config",
+]
+
 GROUPS = ("model", "data", "loss", "optimizer", "schedule", "trainer", "experiment")
 RESUMED = "resumed_training"
 OF_CHECKPOINT = "certify_checkpoint"

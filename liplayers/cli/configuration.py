@@ -18,6 +18,22 @@ from liplayers.commands.quoting import hydra_override
 from liplayers.errors import ArgumentError, CheckpointError, ConfigError, LipschitzError
 from liplayers.text import one_line
 
+__all__ = [
+    "DEEPEST",
+    "LAYERS",
+    "TRUSTED",
+    "UNASKED",
+    "build",
+    "check_config",
+    "flag",
+    "integer",
+    "literal",
+    "plain",
+    "radii",
+    "text",
+    "unasked",
+]
+
 # the packages whose public names a checkpoint's config may call
 TRUSTED = ("liplayers.models", "liplayers.data", "liplayers.losses", "liplayers.training", "torch.optim", "lightning")
 LAYERS = ("liplayers", "liplayers.layers")  # where a config may name a layer; of these packages nothing else

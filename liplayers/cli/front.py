@@ -42,6 +42,27 @@ from liplayers.errors import ConfigError, DataError, DataNotFoundError, Lipschit
 from liplayers.text import one_line, printable
 from liplayers.training.module import certified_name
 
+__all__ = [
+    "MISSING",
+    "MOST_LABELS",
+    "MOST_SETTINGS",
+    "NO_SETTINGS",
+    "SPLITS",
+    "Front",
+    "Run",
+    "cells",
+    "compare",
+    "differing",
+    "front_figure",
+    "main",
+    "markdown",
+    "non_dominated",
+    "read_run",
+    "rich_table",
+    "run_folders",
+    "sweep_front",
+]
+
 SPLITS = {"val": "validation split", "train": "training samples (no validation split)"}
 NO_SETTINGS = ("output", "resume", "overwrite", "allow")  # where a run writes and how it was started
 MOST_LABELS = 12  # points that are all labelled; of more, only the front

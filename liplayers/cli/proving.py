@@ -20,6 +20,8 @@ from liplayers.commands.output import console, say
 from liplayers.data.base import DataModule
 from liplayers.errors import CheckpointError, ConfigError, UnknownNameError
 
+__all__ = ["Certified", "certify_one"]
+
 
 @dataclass(frozen=True)
 class Certified:

@@ -43,6 +43,8 @@ from liplayers.training import (
 )
 from liplayers.training.module import certified_name
 
+__all__ = ["train"]
+
 
 def train(cfg: DictConfig) -> dict[str, float]:
     """Train as configured; return the metrics of the last epoch and the best value of the selection metric.

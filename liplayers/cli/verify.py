@@ -23,6 +23,8 @@ from liplayers.cli.proving import Certified, certify_one
 from liplayers.commands.output import say
 from liplayers.errors import VerificationError
 
+__all__ = ["ABSENT", "NOT_COMPARED", "SPLITS", "TOLERANCE", "Span", "verify"]
+
 TOLERANCE = 1e-8  # relative: what another order of summation changes in logits and in proven bounds
 NOT_COMPARED = {"environment", "device", "checkpoint.path", "data.config", "certificates_sha256"}  # the file is
 SPLITS = ("train", "val", "test")

@@ -24,6 +24,8 @@ from liplayers.commands.quoting import hydra_override
 from liplayers.errors import ConfigError, LipschitzError, UnknownNameError
 from liplayers.text import one_line
 
+__all__ = ["audit_command", "certify_command", "front_command", "front_options", "run", "train_command"]
+
 
 def train_command() -> None:
     """`python train.py` and `liplayers-train`."""

@@ -12,6 +12,8 @@ import hydra
 import yaml
 from omegaconf import OmegaConf
 
+__all__ = ["COLUMN", "EXPERIMENT", "comments", "config_folder", "heading", "help_text"]
+
 COLUMN = 38  # where descriptions begin
 EXPERIMENT = "experiment"  # the group whose options change settings of the others
 

@@ -13,6 +13,8 @@ from rich.console import Console
 
 from liplayers.text import printable
 
+__all__ = ["ForgivingOutput", "console", "forgiving", "say"]
+
 
 class ForgivingOutput(io.TextIOBase):
     """Standard output that takes any text, and does without a reader.

@@ -14,6 +14,8 @@ from hydra.errors import HydraException
 
 from liplayers.errors import ArgumentError
 
+__all__ = ["command", "hydra_override"]
+
 
 def hydra_override(key: str, value: str | os.PathLike[str]) -> str:
     r"""`key=value` as one word of a POSIX shell; hydra then sets `key` to exactly this text.

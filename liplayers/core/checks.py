@@ -9,6 +9,19 @@ from torch import Tensor
 
 from liplayers.errors import ArgumentError, ShapeError
 
+__all__ = [
+    "DTYPES",
+    "Size2d",
+    "check_dtype",
+    "check_image",
+    "check_odd_kernel",
+    "check_positive",
+    "check_shape",
+    "check_share",
+    "check_transformed",
+    "pair",
+]
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

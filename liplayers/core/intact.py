@@ -10,6 +10,8 @@ from torch import nn
 
 from liplayers.errors import UnknownBoundError
 
+__all__ = ["is_changed", "require_intact", "walks_otherwise"]
+
 _CALL = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattribute__", "__getattr__")
 _WALK = ("__iter__", "__len__", "__getitem__", "__contains__", "keys", "values", "items")
 

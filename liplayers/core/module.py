@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from liplayers.core.checks import DTYPES, check_dtype, check_shape
 from liplayers.errors import SettledError
 
+__all__ = ["LipschitzModule", "SettledModule"]
+
 _TORCHS = frozenset(vars(nn.Module()))  # what torch itself changes in a module
 
 

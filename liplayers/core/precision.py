@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["Setting", "exact_precision", "executed", "executed_dtype", "held"]
+
 
 def executed_dtype(weight: Tensor) -> torch.dtype:
     """The dtype that products with a weight run in here and now: its own, or autocast's, which lets float64 be."""

@@ -9,6 +9,8 @@ from torch import nn
 
 from liplayers.errors import ArgumentError, UnknownNameError
 
+__all__ = ["FAMILIES", "ROLES", "Family", "get_layer", "register"]
+
 ROLES = ("linear", "conv", "conv_transpose", "dense_block", "conv_block")
 
 

@@ -24,6 +24,8 @@ from liplayers.core.module import LipschitzModule
 from liplayers.core.precision import exact_precision, executed_dtype
 from liplayers.errors import ArgumentError, SettledError, ShapeError
 
+__all__ = ["ComputedWeight", "ParametrizedModule", "cached"]
+
 _shared: ContextVar[dict | None] = ContextVar("liplayers_shared_weights", default=None)
 _SIZES_KEPT = 4
 

@@ -18,6 +18,18 @@ from torch import Tensor
 from liplayers.linalg.fourier import transfer_matrix
 from liplayers.linalg.norms import gram_iteration_bound
 
+__all__ = [
+    "autocorrelation",
+    "grid_slack",
+    "orthogonal_taps_",
+    "overlap",
+    "polynomial",
+    "polyphase",
+    "row_sum_bound",
+    "symbol_norm_bound",
+    "tap_phases",
+]
+
 
 def overlap(kernel_size: int, stride: int, dilation: int = 1) -> int:
     """The largest number of taps that one input position meets, along one axis: ⌈k·gcd(s, d)/s⌉.

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from liplayers.linalg import upward
 
+__all__ = ["CHUNK", "Grid", "fast_size", "fourier_multiply", "isometric_dft", "isometric_dft_error", "transfer_matrix"]
+
 CHUNK = 16  # images transformed at a time on the CPU: their spectra are transposed while they are in its cache
 
 

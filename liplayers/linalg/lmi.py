@@ -26,6 +26,20 @@ from liplayers.linalg.norms import frobenius_norm, gram_iteration_bound, unit_sc
 from liplayers.linalg.orthogonal import to_double
 from liplayers.linalg.verified import eigenvalues_exceed, entry_norm, product_gamma
 
+__all__ = [
+    "LARGEST",
+    "ExplicitWeights",
+    "Sector",
+    "cholesky",
+    "is_proven",
+    "ldlt_weights",
+    "limited",
+    "lmi_matrix",
+    "margin",
+    "proven_lipschitz",
+    "strict_contraction",
+]
+
 
 class Sector(NamedTuple):
     """The slopes [low, high] of an activation, low ≤ 0 < high."""

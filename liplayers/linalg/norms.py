@@ -8,6 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = [
+    "differentiable_once",
+    "frobenius_norm",
+    "gram",
+    "gram_iteration_bound",
+    "minus_identity_",
+    "rounded_up",
+    "row_distances",
+    "spectral_norm_bound",
+    "spectral_norm_lower_bound",
+    "unit_rows",
+    "unit_scale",
+]
+
 
 def gram(W: Tensor) -> Tensor:
     """The Gram matrix of W on its shorter side, WᴴW or WWᴴ; its largest eigenvalue is ‖W‖²."""

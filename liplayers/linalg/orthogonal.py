@@ -34,6 +34,23 @@ from liplayers.linalg.norms import (
     unit_rows,
 )
 
+__all__ = [
+    "CAYLEY_LIMIT",
+    "block_reflector",
+    "cayley",
+    "cayley_inverse",
+    "cholesky_orthogonal",
+    "fill_orthogonal_",
+    "newton_schulz",
+    "projector",
+    "rotation",
+    "skew_exponential",
+    "skew_exponential_coefficients",
+    "skew_logarithm",
+    "skew_polynomial_bound",
+    "to_double",
+]
+
 CAYLEY_LIMIT = 1e3
 
 

@@ -15,6 +15,16 @@ from torch import Tensor
 from liplayers.linalg.norms import gram, gram_iteration_bound, minus_identity_, spectral_norm_bound
 from liplayers.linalg.orthogonal import newton_schulz
 
+__all__ = [
+    "drift",
+    "fast_polar_factor",
+    "near_isometry_bound",
+    "nearest_orthogonal",
+    "rotate",
+    "skew_gradient",
+    "tangent",
+]
+
 _NEAR = 0.1  # drift below which the norm is at most 5 % above 1 and one product tells it best
 # (a, b, c) of p(x) = ax + bx³ + cx⁵: the first is the minimax approximation of 1 on [0.03, 1], each other one that on
 # what those before it make of this, with a tenth more at the upper end: beyond it they grow fast, and products round

@@ -10,6 +10,8 @@ import math
 import sys
 from fractions import Fraction
 
+__all__ = ["Number", "hypot", "product", "quotient", "root", "total"]
+
 Number = float | Fraction
 
 

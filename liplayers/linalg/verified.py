@@ -38,6 +38,18 @@ from liplayers.linalg.convolution import autocorrelation, grid_slack, polyphase
 from liplayers.linalg.fourier import Grid, transfer_matrix
 from liplayers.linalg.norms import frobenius_norm
 
+__all__ = [
+    "Enclosure",
+    "Real",
+    "conv_norm_enclosure",
+    "eigenvalues_exceed",
+    "entry_norm",
+    "largest_norm_enclosure",
+    "norm_enclosure",
+    "product_gamma",
+    "weighted_row_sum_norm",
+]
+
 Real = TypeVar("Real", float, Tensor)
 
 _U = 2.0**-53

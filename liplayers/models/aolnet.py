@@ -9,9 +9,11 @@ from torch import nn
 from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
-from liplayers.models.parts import LayerChoice, centring, image_shape, make_head, sequence
+from liplayers.models.parts import LayerChoice, image_shape, make_head, sequence, subtract_mean
 from liplayers.modules.activations import get_activation
 from liplayers.modules.pooling import PadChannels, Patchify2d
+
+__all__ = ["aolnet"]
 
 
 def aolnet(
@@ -71,7 +73,7 @@ def aolnet(
         body += [get_activation(activation)] if i else []
         body.append(get_layer(linear, "linear")(features, features))
     return sequence(
-        preprocess=centring(image, mean),
+        preprocess=subtract_mean(image, mean),
         body=nn.Sequential(*body),
         head=make_head(head, features, num_classes),
     )

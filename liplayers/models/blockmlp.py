@@ -11,9 +11,11 @@ from torch import nn
 from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
-from liplayers.models.parts import LayerChoice, centring, flat_size, make_head, sequence
+from liplayers.models.parts import LayerChoice, flat_size, make_head, sequence, subtract_mean
 from liplayers.modules.activations import get_activation
 from liplayers.modules.pooling import PadChannels
+
+__all__ = ["blockmlp"]
 
 
 def blockmlp(
@@ -56,7 +58,7 @@ def blockmlp(
     if layers > 1 and not {"out_features", "hidden_features"} <= set(takes):
         raise ArgumentError(f"blockmlp: layers={layers}; a block {block!r} has one hidden layer: use depth={layers}")
     features = flat_size(input_shape)
-    preprocess = {} if mean is None else {"preprocess": centring(input_shape, mean)}
+    preprocess = {} if mean is None else {"preprocess": subtract_mean(input_shape, mean)}
     body: list[nn.Module] = []
     if "out_features" not in takes and features != width:
         body.append(PadChannels(width) if features < width else get_layer(linear, "linear")(features, width))

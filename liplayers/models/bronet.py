@@ -16,14 +16,16 @@ from liplayers.core.registry import get_layer
 from liplayers.models.parts import (
     LayerChoice,
     around_backbone,
-    centring,
     check_not_negative,
     image_shape,
     make_head,
     sequence,
+    subtract_mean,
 )
 from liplayers.modules.activations import get_activation
-from liplayers.modules.offsets import Centring
+from liplayers.modules.offsets import BatchCentering
+
+__all__ = ["bronet"]
 
 
 def bronet(
@@ -45,7 +47,7 @@ def bronet(
     head: LayerChoice = "normalized",
     mean: float = 0.5,
 ) -> nn.Sequential:
-    """Stem, `depth` 3 × 3 convolutions, each after centring, a convolution of patches 4 × 4, dense layers, head.
+    """Stem, `depth` 3 × 3 convolutions, each after subtract_mean, a convolution of patches 4 × 4, dense layers, head.
 
     Residual blocks may come before the convolutions. The defaults are BRONet-L on CIFAR (68.8M parameters).
 
@@ -80,7 +82,7 @@ def bronet(
     residual = get_layer("liresnet", "conv_block")
     maps = [residual(channels) for _ in range(blocks)]
     maps += [layer(channels, channels, 3, padding=1, **options) for _ in range(depth)]
-    backbone = [module for each in maps for module in (Centring(channels), each, get_activation(activation))]
+    backbone = [module for each in maps for module in (BatchCentering(channels), each, get_activation(activation))]
     body = around_backbone(
         image,
         backbone,
@@ -93,4 +95,4 @@ def bronet(
         stem_patch=stem_patch,
         activation=activation,
     )
-    return sequence(preprocess=centring(image, mean), body=body, head=make_head(head, width, num_classes))
+    return sequence(preprocess=subtract_mean(image, mean), body=body, head=make_head(head, width, num_classes))

@@ -9,9 +9,11 @@ from torch import nn
 from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
-from liplayers.models.parts import LayerChoice, centring, image_shape, make_head, sequence
+from liplayers.models.parts import LayerChoice, image_shape, make_head, sequence, subtract_mean
 from liplayers.modules.activations import get_activation
 from liplayers.modules.pooling import MaxPool2d, PadChannels, Patchify2d
+
+__all__ = ["convnet"]
 
 
 def convnet(
@@ -72,7 +74,7 @@ def convnet(
         channels, height, width = 2 * channels, height // 2, width // 2
     body += [MaxPool2d((height, width)), layer(channels, channels, 1), nn.Flatten()]
     return sequence(
-        preprocess=centring(image, mean),
+        preprocess=subtract_mean(image, mean),
         body=nn.Sequential(*body),
         head=make_head(head, channels, num_classes),
     )

@@ -13,8 +13,10 @@ from torch import nn
 from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
-from liplayers.models.parts import LayerChoice, centring, image_shape, make_head, sequence
+from liplayers.models.parts import LayerChoice, image_shape, make_head, sequence, subtract_mean
 from liplayers.modules.activations import get_activation
+
+__all__ = ["lbdn"]
 
 
 def lbdn(
@@ -76,7 +78,7 @@ def lbdn(
         body.append(linear(features, out_features=there, activation=get_activation(activation)))
         features = there
     return sequence(
-        preprocess=centring(image, mean),
+        preprocess=subtract_mean(image, mean),
         body=nn.Sequential(*body),
         head=make_head(head, features, num_classes),
     )

@@ -9,8 +9,10 @@ from torch import nn
 from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
-from liplayers.models.parts import LayerChoice, centring, check_not_negative, image_shape, make_head, sequence
+from liplayers.models.parts import LayerChoice, check_not_negative, image_shape, make_head, sequence, subtract_mean
 from liplayers.modules.activations import get_activation
+
+__all__ = ["lipconvnet"]
 
 
 def lipconvnet(
@@ -79,7 +81,7 @@ def lipconvnet(
         body += [dense_layer(features, width), get_activation(activation)]
         features = width
     return sequence(
-        preprocess=centring(image, mean),
+        preprocess=subtract_mean(image, mean),
         body=nn.Sequential(*body),
         head=make_head(head, features, num_classes),
     )

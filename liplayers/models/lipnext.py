@@ -14,8 +14,10 @@ from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
 from liplayers.layers.lipnext import LipNeXtBlock
-from liplayers.models.parts import LayerChoice, centring, image_shape, make_head, sequence
+from liplayers.models.parts import LayerChoice, image_shape, make_head, sequence, subtract_mean
 from liplayers.modules.pooling import GlobalL2Pool2d
+
+__all__ = ["lipnext"]
 
 
 def lipnext(
@@ -69,7 +71,7 @@ def lipnext(
     embedding = get_layer(stem, "conv")(image[0], width, patch_size, stride=patch_size)
     blocks = [LipNeXtBlock(width, size, shift_ratio=shift_ratio, beta=beta) for _ in range(depth)]
     return sequence(
-        preprocess=centring(image, mean),
+        preprocess=subtract_mean(image, mean),
         body=nn.Sequential(embedding, *blocks, GlobalL2Pool2d()),
         head=make_head(head, width, num_classes),
     )

@@ -17,14 +17,16 @@ from liplayers.core.registry import get_layer
 from liplayers.models.parts import (
     LayerChoice,
     around_backbone,
-    centring,
     check_not_negative,
     image_shape,
     make_head,
     sequence,
+    subtract_mean,
 )
 from liplayers.modules.activations import get_activation
-from liplayers.modules.offsets import Centring
+from liplayers.modules.offsets import BatchCentering
+
+__all__ = ["liresnet"]
 
 
 def liresnet(
@@ -44,7 +46,7 @@ def liresnet(
     head: LayerChoice = "normalized",
     mean: float = 0.5,
 ) -> nn.Sequential:
-    """Stem, `depth` residual blocks, each after centring, a convolution of patches 4 × 4, dense layers, head.
+    """Stem, `depth` residual blocks, each after subtract_mean, a convolution of patches 4 × 4, dense layers, head.
 
     The defaults are the network of 2024 on CIFAR (82.9M parameters); channels=256, depth=18, dense=0 is that of 2023
     up to its neck, which is taken from 2024 here.
@@ -78,7 +80,11 @@ def liresnet(
     has_activation = "activation" in inspect.signature(make).parameters
     backbone: list[nn.Module] = []
     for _ in range(depth):
-        backbone += [Centring(channels), make(channels), *([] if has_activation else [get_activation(activation)])]
+        backbone += [
+            BatchCentering(channels),
+            make(channels),
+            *([] if has_activation else [get_activation(activation)]),
+        ]
     body = around_backbone(
         image,
         backbone,
@@ -91,4 +97,4 @@ def liresnet(
         stem_patch=stem_patch,
         activation=activation,
     )
-    return sequence(preprocess=centring(image, mean), body=body, head=make_head(head, width, num_classes))
+    return sequence(preprocess=subtract_mean(image, mean), body=body, head=make_head(head, width, num_classes))

@@ -8,8 +8,10 @@ from torch import nn
 
 from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
-from liplayers.models.parts import LayerChoice, centring, flat_size, make_head, sequence
+from liplayers.models.parts import LayerChoice, flat_size, make_head, sequence, subtract_mean
 from liplayers.modules.activations import get_activation
+
+__all__ = ["mlp"]
 
 
 def mlp(
@@ -44,7 +46,7 @@ def mlp(
     for _ in range(depth):
         body += [layer(features, width), get_activation(activation)]
         features = width
-    preprocess = {} if mean is None else {"preprocess": centring(input_shape, mean)}
+    preprocess = {} if mean is None else {"preprocess": subtract_mean(input_shape, mean)}
     return sequence(
         **preprocess,
         flatten=nn.Flatten(),

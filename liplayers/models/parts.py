@@ -16,11 +16,23 @@ from liplayers.modules.activations import get_activation
 from liplayers.modules.containers import Normalize
 from liplayers.modules.pooling import PadChannels
 
+__all__ = [
+    "LayerChoice",
+    "Shape3d",
+    "around_backbone",
+    "check_not_negative",
+    "flat_size",
+    "image_shape",
+    "make_head",
+    "sequence",
+    "subtract_mean",
+]
+
 LayerChoice = str | Callable[..., nn.Module]
 Shape3d = tuple[int, int, int]
 
 
-def centring(input_shape: Sequence[int], mean: float) -> nn.Module:
+def subtract_mean(input_shape: Sequence[int], mean: float) -> nn.Module:
     """Subtract `mean` from each pixel or feature; a shift does not change the Lipschitz constant."""
     channels = input_shape[0]
     return Normalize([mean] * channels, [1.0] * channels)

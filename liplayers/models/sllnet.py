@@ -10,8 +10,10 @@ from torch import nn
 from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
-from liplayers.models.parts import LayerChoice, centring, check_not_negative, image_shape, make_head, sequence
-from liplayers.modules.pooling import AvgPool2d, PadChannels
+from liplayers.models.parts import LayerChoice, check_not_negative, image_shape, make_head, sequence, subtract_mean
+from liplayers.modules.pooling import PadChannels, ScaledAvgPool2d
+
+__all__ = ["sllnet"]
 
 
 def sllnet(
@@ -66,7 +68,7 @@ def sllnet(
         hidden: dict[str, Any] = {} if hidden_channels is None else {"hidden_channels": hidden_channels}
         body += [PadChannels(channels), *(block(channels, **hidden) for _ in range(conv_blocks))]
     if pool > 1:
-        body.append(AvgPool2d(pool))
+        body.append(ScaledAvgPool2d(pool))
     features = (channels if conv_blocks else image[0]) * (image[1] // pool) * (image[2] // pool)
     tail: list[nn.Module] = []
     if dense_blocks:
@@ -78,7 +80,7 @@ def sllnet(
             features = width
         tail += [block(features, **hidden) for _ in range(dense_blocks)]
     return sequence(
-        preprocess=centring(image, mean),
+        preprocess=subtract_mean(image, mean),
         features=nn.Sequential(*body),
         flatten=nn.Flatten(),
         body=nn.Sequential(*tail),

@@ -17,7 +17,7 @@ from liplayers.core.precision import executed
 from liplayers.errors import ArgumentError, ShapeError
 from liplayers.linalg import upward
 
-__all__ = ["Concatenate", "Container", "Normalize", "Residual", "Scale"]
+__all__ = ["Concatenate", "Container", "ConvexResidual", "Normalize", "Scale"]
 
 
 class Container(SettledModule):
@@ -32,7 +32,7 @@ class Container(SettledModule):
         raise NotImplementedError
 
 
-class Residual(Container):
+class ConvexResidual(Container):
     r"""Convex residual connection y = (1 − α)x + α·f(x), α = sigmoid(logit) in (0, 1), learned or fixed.
 
     1-Lipschitz where f is: the bound is (1 − α) + α·L. A plain x + f(x) would have 1 + L.
@@ -47,14 +47,14 @@ class Residual(Container):
 
     Source: Serrurier et al. 2021 (arXiv 2006.06520) for convex combinations of 1-Lipschitz maps.
 
-    >>> Residual(nn.ReLU(), alpha=0.5)(torch.tensor([-2.0, 2.0])).tolist()
+    >>> ConvexResidual(nn.ReLU(), alpha=0.5)(torch.tensor([-2.0, 2.0])).tolist()
     [-1.0, 2.0]
     """
 
     def __init__(self, branch: nn.Module, alpha: float = 0.5, learnable: bool = True) -> None:
         super().__init__()
         if not 0 < alpha < 1:
-            raise ArgumentError(f"Residual: alpha={alpha!r}; expected a number strictly between 0 and 1")
+            raise ArgumentError(f"ConvexResidual: alpha={alpha!r}; expected a number strictly between 0 and 1")
         self.branch = branch
         self.logit = nn.Parameter(torch.tensor([math.log(alpha / (1 - alpha))]), requires_grad=learnable)
 
@@ -62,7 +62,7 @@ class Residual(Container):
         y = self.branch(x)
         if y.shape != x.shape:
             raise ShapeError(
-                f"Residual: the branch turned {tuple(x.shape)} into {tuple(y.shape)}; it must keep the shape"
+                f"ConvexResidual: the branch turned {tuple(x.shape)} into {tuple(y.shape)}; it must keep the shape"
             )
         alpha = self.logit.sigmoid().view(())  # as a scalar it takes the dtype of x
         return (1 - alpha) * x + alpha * y
@@ -88,7 +88,7 @@ class Residual(Container):
 
 
 class FrozenResidual(Container):
-    """y = (1 − α)x + α·f(x), α a buffer: `Residual`."""
+    """y = (1 − α)x + α·f(x), α a buffer: `ConvexResidual`."""
 
     alpha: Tensor
 

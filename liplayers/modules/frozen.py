@@ -31,6 +31,20 @@ from liplayers.linalg.verified import conv_norm_enclosure, entry_norm, largest_n
 from liplayers.modules.activations import require_sector, require_slope_range, tied_channels
 from liplayers.modules.containers import Container
 
+__all__ = [
+    "FrozenFourierConv2d",
+    "FrozenLMIBlock",
+    "FrozenPolynomialConv2d",
+    "FrozenResidual",
+    "FrozenResidualBlock",
+    "Placement",
+    "Size",
+    "constant",
+    "filled",
+    "image_size",
+    "plain_linear",
+]
+
 Size = tuple[int, int]
 
 
@@ -496,7 +510,7 @@ def _matrices(layer: nn.Module) -> Tensor:
 
 
 class FrozenResidual(Container):
-    """y = (1 − α)x + α·f(x), α a buffer: `Residual`."""
+    """y = (1 − α)x + α·f(x), α a buffer: `ConvexResidual`."""
 
     alpha: Tensor
 

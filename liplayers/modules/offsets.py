@@ -1,4 +1,4 @@
-"""Layers that add or subtract an offset: a learned position embedding, and centring by a running mean."""
+"""Layers that add or subtract an offset: a learned position embedding, and centering by a running mean."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from liplayers.core.checks import check_dtype, check_positive, check_shape
 from liplayers.core.module import LipschitzModule
 from liplayers.errors import ArgumentError, ShapeError
 
-__all__ = ["Centring", "PositionEmbedding"]
+__all__ = ["BatchCentering", "PositionEmbedding"]
 
 
 class PositionEmbedding(LipschitzModule):
@@ -72,7 +72,7 @@ class PositionEmbedding(LipschitzModule):
         return f"shape={self.shape}"
 
 
-class Centring(LipschitzModule):
+class BatchCentering(LipschitzModule):
     r"""Subtract the mean of each channel: y = x − m, m the batch's mean in training, its running average in eval.
 
     No variance is divided out, so both are contractions. In eval m is constant: a shift, an isometry of each sample. In
@@ -96,10 +96,10 @@ class Centring(LipschitzModule):
         ArgumentError: channels below 1, momentum outside [0, 1].
         ShapeError: an input with another number of channels.
 
-    Source: centring in BRONet, Lai et al. 2025, arXiv 2505.15174; the running mean as in Ioffe & Szegedy 2015,
+    Source: centering in BRONet, Lai et al. 2025, arXiv 2505.15174; the running mean as in Ioffe & Szegedy 2015,
     arXiv 1502.03167.
 
-    >>> Centring(2)(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    >>> BatchCentering(2)(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
     tensor([[-1., -2.],
             [ 1.,  2.]])
     """
@@ -116,7 +116,7 @@ class Centring(LipschitzModule):
         super().__init__()
         check_positive(self, channels=channels)
         if not isinstance(momentum, (int, float)) or not 0 <= momentum <= 1:
-            raise ArgumentError(f"Centring: momentum={momentum!r}; expected a number in [0, 1]")
+            raise ArgumentError(f"BatchCentering: momentum={momentum!r}; expected a number in [0, 1]")
         check_dtype(self, dtype)
         self.channels = channels
         self.momentum = momentum
@@ -128,7 +128,9 @@ class Centring(LipschitzModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 2 or x.shape[1] != self.channels:
-            raise ShapeError(f"Centring: got an input of shape {tuple(x.shape)}; expected (N, {self.channels}, …)")
+            raise ShapeError(
+                f"BatchCentering: got an input of shape {tuple(x.shape)}; expected (N, {self.channels}, …)"
+            )
         check_shape(self, "running_mean", self.running_mean, (self.channels,))
         # not detached: the gradient is that of the projection that ran, without a part along the mean, which it removes
         mean = self._batch_mean(x) if self.training and x.numel() else self.running_mean

@@ -14,7 +14,7 @@ from liplayers.core.module import LipschitzModule
 from liplayers.errors import ArgumentError, ShapeError
 from liplayers.linalg import upward
 
-__all__ = ["AvgPool2d", "GlobalL2Pool2d", "L2Pool2d", "MaxPool2d", "PadChannels", "Patchify2d"]
+__all__ = ["GlobalL2Pool2d", "L2Pool2d", "MaxPool2d", "PadChannels", "Patchify2d", "ScaledAvgPool2d"]
 
 
 class _Pool2d(LipschitzModule):
@@ -44,7 +44,7 @@ class _Pool2d(LipschitzModule):
         return f"kernel_size={self.kernel_size}"
 
 
-class AvgPool2d(_Pool2d):
+class ScaledAvgPool2d(_Pool2d):
     r"""Average pooling scaled to norm 1: y = (Σ_patch x)/√|patch|, √|patch| times torch's average.
 
     A linear contraction (a projection onto the patches' means, orthogonal in its rows) for images of every size. Cost:
@@ -63,7 +63,7 @@ class AvgPool2d(_Pool2d):
 
     Source: torch's average pooling; the factor as in Serrurier et al. 2021 (arXiv 2006.06520).
 
-    >>> AvgPool2d(2)(torch.ones(1, 1, 2, 2))
+    >>> ScaledAvgPool2d(2)(torch.ones(1, 1, 2, 2))
     tensor([[[[2.]]]])
     """
 
@@ -80,7 +80,7 @@ class L2Pool2d(_Pool2d):
 
     Nonlinear, for images of every size. Cost: one norm of each patch. Signal gain at initialisation: 1, as always.
 
-    Arguments, shape and errors as `AvgPool2d`. The gradient at an all-zero patch is taken as 0.
+    Arguments, shape and errors as `ScaledAvgPool2d`. The gradient at an all-zero patch is taken as 0.
 
     Source: Boureau et al. 2010; as a 1-Lipschitz layer, Serrurier et al. 2021 (arXiv 2006.06520).
 
@@ -101,7 +101,7 @@ class MaxPool2d(_Pool2d):
     Nonlinear, does not preserve norms; for images of every size. Cost: one maximum over each patch. Signal gain at
     initialisation: 1 for a lone peak in each patch, 1/√|patch| for constant patches.
 
-    Arguments, shape and errors as `AvgPool2d`.
+    Arguments, shape and errors as `ScaledAvgPool2d`.
 
     Source: in 1-Lipschitz networks, Prach et al. 2023, arXiv 2311.16833.
 

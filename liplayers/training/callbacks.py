@@ -16,6 +16,8 @@ from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, RichProg
 from liplayers.errors import ArgumentError, ConfigError
 from liplayers.losses import RadiusLoss
 
+__all__ = ["EpsilonRamp", "ProgressBar", "SaveWhenInterrupted", "Stopped", "Throughput", "ValidateAtEnd", "WeightEMA"]
+
 
 class ProgressBar(RichProgressBar):
     """Lightning's bar with samples per second and the validation metrics under short names, fit for 80 columns.

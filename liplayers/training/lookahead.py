@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from liplayers.errors import ArgumentError
 from liplayers.training.manifold import ManifoldOptimizer
 
+__all__ = ["Lookahead"]
+
 
 class Lookahead(Optimizer):
     r"""After every `every` steps of an inner optimizer, goes back to a slow copy φ that has moved part of the way.

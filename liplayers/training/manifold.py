@@ -16,6 +16,8 @@ from liplayers.layers.manifold import OrthogonalParameter
 from liplayers.linalg.norms import minus_identity_
 from liplayers.linalg.stiefel import fast_polar_factor, nearest_orthogonal, rotate, skew_gradient, tangent
 
+__all__ = ["LARGEST_ANGLE", "ManifoldAdamW", "ManifoldMuon", "ManifoldOptimizer"]
+
 LARGEST_ANGLE = 0.5  # for X − lr·U, norm √(1 + lr²), one Newton–Schulz step leaves little
 
 

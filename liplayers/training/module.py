@@ -20,6 +20,8 @@ from liplayers.core.weights import cached
 from liplayers.errors import ConfigError
 from liplayers.losses import MarginLoss
 
+__all__ = ["CertifiedClassifier", "certified_name"]
+
 
 def certified_name(epsilon: float) -> str:
     """The metric's name for a radius.

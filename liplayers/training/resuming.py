@@ -16,6 +16,8 @@ from liplayers.checkpoint import MOST_STEPS, load_tensors
 from liplayers.errors import CheckpointError
 from liplayers.training.module import CertifiedClassifier
 
+__all__ = ["MovedRun", "check_training_state"]
+
 
 class MovedRun(L.Callback):
     """Lets a run whose folder was moved or renamed know its best checkpoint, which Lightning keeps by absolute path.

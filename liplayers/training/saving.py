@@ -12,6 +12,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from liplayers.errors import ArgumentError
 from liplayers.files import save_tensors, whole_file
 
+__all__ = ["SaveWithinEpoch", "WholeFileCheckpointIO"]
+
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
     """Writes beside the file and moves: whatever ends the process, the path holds the old or the new checkpoint."""

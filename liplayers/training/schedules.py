@@ -9,6 +9,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from liplayers.errors import ArgumentError
 
+__all__ = ["constant", "triangular", "warmup_cosine"]
+
 
 def _check_share(name: str, value: float) -> None:
     if not 0 <= value < 1:

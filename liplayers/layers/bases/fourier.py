@@ -17,6 +17,8 @@ from liplayers.linalg.convolution import orthogonal_taps_
 from liplayers.linalg.fourier import fast_size, fourier_multiply
 from liplayers.modules.frozen import FrozenFourierConv2d, Placement, image_size
 
+__all__ = ["FourierConv2d"]
+
 
 class FourierConv2d(LipschitzConv2d, abstract=True):
     """A convolution that is a contraction at each frequency.

@@ -16,6 +16,8 @@ from liplayers.errors import ArgumentError, ShapeError
 from liplayers.linalg.convolution import orthogonal_taps_
 from liplayers.modules.frozen import filled
 
+__all__ = ["KernelConv2d", "LipschitzConv2d", "LipschitzConvTranspose2d", "wrap"]
+
 
 class LipschitzConv2d(ParametrizedModule, abstract=True):
     """Base of the convolutions: torch's arguments, checked for what keeps the norm at most 1.

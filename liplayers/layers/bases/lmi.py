@@ -25,6 +25,18 @@ from liplayers.linalg.orthogonal import fill_orthogonal_
 from liplayers.modules.activations import Householder, require_sector, require_slope_range, sector, tied_channels
 from liplayers.modules.frozen import FrozenFourierConv2d, FrozenLMIBlock, Placement, image_size, plain_linear
 
+__all__ = [
+    "LARGEST_EXPONENT",
+    "ROTATED",
+    "Conv2dLMIBlock",
+    "DenseLMIBlock",
+    "LMIBlock",
+    "Sizes",
+    "hidden_sizes",
+    "identity_",
+    "orthogonal_",
+]
+
 Sizes = int | Sequence[int]
 LARGEST_EXPONENT = 15.0  # multipliers up to e^±15: beyond it float32 holds one end of a ratio of weights only
 ROTATED = 4  # hidden layers that start as random rotations, which halve what a ReLU passes on; further ones keep it

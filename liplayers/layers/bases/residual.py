@@ -22,6 +22,8 @@ from liplayers.linalg.orthogonal import fill_orthogonal_
 from liplayers.modules.activations import require_slope_range
 from liplayers.modules.frozen import FrozenResidualBlock, filled, plain_linear
 
+__all__ = ["Conv2dBlock", "DenseBlock", "ResidualBlock", "adjoint_kernel"]
+
 
 class ResidualBlock(ParametrizedModule, abstract=True):
     """Base of the dense and the convolutional blocks.
