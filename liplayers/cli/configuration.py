@@ -94,12 +94,14 @@ def literal(value: str) -> str:
 
 
 def flag(name: str, value: Any) -> bool:
+    """A setting that is true or false, or a ConfigError that names it."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name}={value!r}: expected true or false")
     return value
 
 
 def integer(name: str, value: Any, least: int | None = None) -> int:
+    """A setting that is an integer, of at least `least`, or a ConfigError that names it."""
     if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
         raise ConfigError(f"{name}={value!r}: expected an integer{'' if least is None else f' of at least {least}'}")
     return value
@@ -194,4 +196,5 @@ def _check_target(checkpoint: Checkpoint, target: str, packages: Sequence[str]) 
 
 
 def plain(node: DictConfig) -> Any:
+    """A part of a config as dicts and lists, references resolved."""
     return OmegaConf.to_container(node, resolve=True)

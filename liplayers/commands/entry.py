@@ -57,6 +57,7 @@ def front_command() -> int:
 
 
 def front_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of `liplayers-front`."""
     parser = argparse.ArgumentParser(
         prog="liplayers-front", description="Clean against certified accuracy of the runs of a sweep."
     )
