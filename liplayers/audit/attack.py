@@ -445,7 +445,7 @@ def check_samples(model: nn.Module, inputs: Tensor, labels: Tensor, radius: Tens
 
 
 def check_inputs(inputs: Tensor) -> None:
-    """Raise DataError or ShapeError unless these are samples in float64."""
+    """Raise DataError or ArgumentError unless these are finite samples in float64."""
     if not inputs.numel():
         raise DataError(f"inputs: no samples to attack, shape {tuple(inputs.shape)}; pass at least one")
     if inputs.dim() < 2 or inputs.dtype != torch.float64:
