@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 import liplayers as lp
 from liplayers import cli
+from liplayers.bounds.composition import head_splitter
 from liplayers.checkpoint import load_checkpoint
 from liplayers.cli.configuration import build
 from liplayers.cli.train import GROUPS
@@ -99,7 +100,7 @@ def test_every_config_composes_and_its_target_takes_its_arguments(choice, tmp_pa
     cfg.model.update({key: 8 for key in ("width", "channels") if key in cfg.model})
     model = build(cfg.model, input_shape=(3, 16, 16), num_classes=4)
     # LipNeXt counts the rounding of each of its 64 matrices
-    assert lp.split_head(model, (3, 16, 16)).body_bound == pytest.approx(1, rel=1e-4)
+    assert head_splitter(model, (3, 16, 16), estimates=True)().body_bound == pytest.approx(1, rel=1e-4)
     optimizer = build(cfg.optimizer)(model.parameters())
     scheduler = build(cfg.schedule)(optimizer, 10)
     rates = []
