@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from liplayers.errors import MissingPackageError
 
+__all__ = ["extra"]
+
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:

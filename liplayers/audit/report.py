@@ -13,6 +13,8 @@ with extra("train"):
     from rich.table import Table
     from rich.text import Text
 
+__all__ = ["audit_figure", "audit_table"]
+
 
 def audit_table(audit: Audit, title: str = "audit") -> Group:
     """Two tables: accuracy at each ε, certified and under attack; what was tried against the certificates.
