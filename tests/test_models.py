@@ -40,7 +40,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def check_network(model: nn.Module, tolerance: float = 1e-5) -> None:
-    """A body of bound about 1 that no pair of images contradicts, a head, gradients, and the same logits once frozen."""
+    """A body of bound about 1 that no pair of images contradicts, a head, gradients, and the same logits frozen."""
     torch.manual_seed(0)
     x, y = torch.rand(2, 4, *IMAGE)
     randomised(model)(x).square().sum().backward()

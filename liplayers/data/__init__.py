@@ -2,14 +2,17 @@
 standardised features, all in memory.
 """
 
-from liplayers.data.augment import ColorJitter, RandAugment, RandomHorizontalFlip, RandomShift
-from liplayers.data.base import BatchSampler, DataModule, Loaded, Scaling, Split, stratified_rows, validate_inputs
-from liplayers.data.digits import Digits
-from liplayers.data.folder import ImageFolderData
-from liplayers.data.images import ImageDataModule, validate_images
-from liplayers.data.npz import NpzData
-from liplayers.data.standard import CIFAR10, CIFAR100, MNIST
-from liplayers.data.tabular import TableData, UCIData, UCISet, read_uci, uci_names
+from liplayers.extras import extra
+
+with extra("train"):
+    from liplayers.data.augment import ColorJitter, RandAugment, RandomHorizontalFlip, RandomShift
+    from liplayers.data.base import BatchSampler, DataModule, Loaded, Scaling, Split, stratified_rows, validate_inputs
+    from liplayers.data.digits import Digits
+    from liplayers.data.folder import ImageFolderData
+    from liplayers.data.images import ImageDataModule, validate_images
+    from liplayers.data.npz import NpzData
+    from liplayers.data.standard import CIFAR10, CIFAR100, MNIST
+    from liplayers.data.tabular import TableData, UCIData, UCISet, read_uci, uci_names
 
 __all__ = [
     "CIFAR10",
