@@ -26,7 +26,15 @@ from torch import nn
 from liplayers import cli
 from liplayers.certification import Certificates, CertifiedNetwork, certify, report
 from liplayers.data import DataModule, Loaded, Source, Split, Table, validate_inputs
-from liplayers.errors import ArgumentError, ConfigError, DataError, DataNotFoundError, ShapeError, UnknownNameError
+from liplayers.errors import (
+    ArgumentError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DataNotFoundError,
+    ShapeError,
+    UnknownNameError,
+)
 from liplayers.models import lipconvnet, mlp
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -421,6 +429,31 @@ def train(output: Path, *overrides: str) -> Path:
     settings = ["model.width=8", "model.depth=1", "model.mean=null", "trainer.max_epochs=1", "trainer.accelerator=cpu"]
     cli.train(compose("train", f"output={output}", "trainer.enable_progress_bar=false", *settings, *overrides))
     return output / "checkpoints/best.ckpt"
+
+
+class Rings(Source):
+    """A source of someone's own: points on two circles."""
+
+    name, unit = "rings", "units of the plane"
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def load(self) -> Loaded:
+        label = torch.arange(self.samples) % 2
+        angle = torch.linspace(0, 6, self.samples)
+        split = Split((1 + label)[:, None] * torch.stack([angle.sin(), angle.cos()], 1), label)
+        return Loaded(split, split.subset(torch.arange(12)), ("inner", "outer"))
+
+
+def test_a_source_of_ones_own_trains_and_certifies_where_it_is_allowed(tmp_path: Path) -> None:
+    ckpt = train(tmp_path / "run", f"data._target_={__name__}.Rings", "+data.samples=50")
+    given = [f"ckpt={ckpt}", f"output={tmp_path}/out"]
+    fails(CheckpointError, lambda: cli.certify(compose("certify", *given)), f"{__name__}.Rings", "allow")
+    assert cli.certify(compose("certify", *given, f"allow=[{__name__}]"))["run"]["samples"] == 12
+    written = json.loads((tmp_path / "out/report.json").read_text())["data"]
+    assert (written["name"], written["unit"]) == ("rings", "units of the plane")
+    assert written["sha256"] == Rings(50).load().test.fingerprint()
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])

@@ -22,7 +22,12 @@ from liplayers.text import one_line
 
 # the packages whose public names a checkpoint's config may call
 TRUSTED = (
-    *("liplayers.models", "liplayers.data", "liplayers.losses", "liplayers.training", "torch.optim", "lightning"),
+    "liplayers.models",
+    "liplayers.data",
+    "liplayers.losses",
+    "liplayers.training",
+    "torch.optim",
+    "lightning",
     "benchmarks.uci.data",
 )
 LAYERS = ("liplayers", "liplayers.layers")  # where a config may name a layer; of these packages nothing else
@@ -68,7 +73,8 @@ def build_data(node: DictConfig) -> DataModule:
     if not (inspect.isclass(source) and issubclass(source, Source)):
         data = build(node)
         if not isinstance(data, DataModule):
-            raise ConfigError(f"{target}: makes {type(data).__name__}; expected a Source or a DataModule")
+            key = node._get_full_key(None)
+            raise ConfigError(f"{key}: makes {type(data).__name__}; expected _target_ of a Source or a DataModule")
         return data
     own, general = inspect.signature(source).parameters, inspect.signature(DataModule).parameters.keys() - {"source"}
     for key in node:

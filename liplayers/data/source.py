@@ -12,10 +12,10 @@ from liplayers.data.checks import validate_images, validate_inputs
 from liplayers.data.scaling import Scaling
 from liplayers.data.split import Split
 
-__all__ = ["HoldOut", "ImageSource", "Loaded", "Source"]
+__all__ = ["ImageSource", "Loaded", "Source"]
 
+# From the labels of training samples to the rows that stay and those held out for validation.
 HoldOut = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From the labels of training samples to the rows that stay and those held out for validation."""
 
 
 @dataclass(frozen=True)

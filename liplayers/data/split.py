@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["Batch", "Mixture", "Split"]
+__all__ = ["Mixture", "Split"]
 
 Batch = tuple[Tensor, Tensor]
 
