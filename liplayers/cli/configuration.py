@@ -73,8 +73,8 @@ def build_data(node: DictConfig) -> DataModule:
     if not (inspect.isclass(source) and issubclass(source, Source)):
         data = build(node)
         if not isinstance(data, DataModule):
-            key = node._get_full_key(None)
-            raise ConfigError(f"{key}: makes {type(data).__name__}; expected _target_ of a Source or a DataModule")
+            path = node._get_full_key(None)
+            raise ConfigError(f"{path}: makes {type(data).__name__}; expected _target_ of a Source or a DataModule")
         return data
     own, general = inspect.signature(source).parameters, inspect.signature(DataModule).parameters.keys() - {"source"}
     for key in node:

@@ -54,7 +54,11 @@ class DataModule(lightning.LightningDataModule):
     Data are loaded once, by `setup` or where they are first asked for.
 
     Attributes:
-        source: what the samples are.
+        source: what the samples are; `name`, `unit` and `input_range` are its own.
+        input_shape: of one input.
+        class_names: in the order of the labels.
+        num_classes: how many they are.
+        scaling: how the features of a table were standardised; None for other data.
         on_device: whether to hold a split in the memory of the GPU that trains, where it takes at most half of what is
             free there; False by default.
 
@@ -113,27 +117,22 @@ class DataModule(lightning.LightningDataModule):
 
     @property
     def name(self) -> str:  # type: ignore[override]  # Lightning's is never set
-        """What the source calls the data."""
         return self.source.name
 
     @property
     def unit(self) -> str:
-        """What distances are measured in, for tables and plots, such as "standardised features"."""
         return self.source.unit
 
     @property
     def input_range(self) -> tuple[float, float] | None:
-        """The least and greatest value an input may hold; None for any finite number."""
         return self.source.input_range
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """The shape of one input."""
         return self._data.train.input_shape
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """In the order of the labels."""
         return self._data.class_names
 
     @property
@@ -142,7 +141,6 @@ class DataModule(lightning.LightningDataModule):
 
     @property
     def scaling(self) -> Scaling | None:
-        """How the features of a table were standardised; None for other data."""
         return self._data.scaling
 
     @property
