@@ -15,9 +15,9 @@ from liplayers.certification import Certificates, CertifiedNetwork
 from liplayers.certification import certify as certify_network
 from liplayers.certification import report as reports
 from liplayers.checkpoint import Checkpoint
-from liplayers.cli.configuration import build, check_config, plain, unasked
+from liplayers.cli.configuration import build, build_data, check_config, plain, unasked
 from liplayers.commands.output import console, progress_bar, say
-from liplayers.data.base import DataModule
+from liplayers.data import DataModule
 from liplayers.errors import CheckpointError, ConfigError, UnknownNameError
 
 __all__ = ["Certified", "certify_one"]
@@ -42,10 +42,7 @@ def certify_one(
     device = _device(cfg.device)
     check_config(checkpoint, checkpoint.config, cfg.allow)
     data_config = _data_config(checkpoint, cfg)
-    data = build(OmegaConf.create({"data": data_config}).data)  # errors name `data.root`
-    if not isinstance(data, DataModule):
-        raise CheckpointError(f"{checkpoint.path}: its config makes no data module; train again")
-    data.setup()
+    data = build_data(OmegaConf.create({"data": data_config}).data)  # errors name `data.root`
     split = data.split(cfg.data.split)
     if tuple(data.class_names) != checkpoint.class_names:
         raise ConfigError(
