@@ -15,8 +15,8 @@ from audit import executed_in_double, jacobian, train_to_exceed
 from torch import Tensor, nn
 
 import liplayers as lip
-from liplayers.errors import ArgumentError, ShapeError, UnknownBoundError
-from liplayers.modules.activations import SLOPE_RANGES
+from liplayers.errors import ArgumentError, ShapeError, UnknownBoundError, UnknownNameError
+from liplayers.modules.activations import SLOPE_RANGES, tied_channels
 
 ANGLES = [0.0, 1e-9, 0.3, math.pi / 2, math.pi, 2.5, -4.0, 2 * math.pi, 1e3, -1e9, 1e9]
 SHAPES = {"vectors": (6, 5), "sequences": (4, 5, 3), "images": (3, 5, 2, 4)}
@@ -39,19 +39,26 @@ def householder(channels: int, *angles: float, dtype: torch.dtype = torch.float6
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dim", [1, -1])
-def test_maxmin_has_the_derivatives_of_torchs_maximum_and_minimum_away_from_ties(shape: tuple[int, ...], dim: int):
+@pytest.mark.parametrize("pairs", ["halves", "neighbours"])
+def test_maxmin_has_the_derivatives_of_torchs_maximum_and_minimum_away_from_ties(
+    shape: tuple[int, ...], dim: int, pairs: str
+):
     def plain(x: Tensor) -> Tensor:
         half = x.shape[dim] // 2
-        a, b = x.narrow(dim, 0, half), x.narrow(dim, half, half)
-        return torch.cat([a.maximum(b), a.minimum(b), x.narrow(dim, 2 * half, x.shape[dim] - 2 * half)], dim)
+        order = torch.arange(2 * half)
+        if pairs == "neighbours":
+            order = torch.cat([order[0::2], order[1::2]])
+        a, b = x.index_select(dim, order[:half]), x.index_select(dim, order[half:])
+        sorted_pairs = torch.cat([a.maximum(b), a.minimum(b)], dim).index_select(dim, order.argsort())
+        return torch.cat([sorted_pairs, x.narrow(dim, 2 * half, x.shape[dim] - 2 * half)], dim)
 
-    layer, x, v = lip.MaxMin(dim), randn(*shape).requires_grad_(), randn(*shape, seed=1)
+    layer, x, v = lip.MaxMin(dim, pairs), randn(*shape).requires_grad_(), randn(*shape, seed=1)
     assert torch.equal(layer(x), plain(x))
     (ours,) = torch.autograd.grad(layer(x), x, v)
     (theirs,) = torch.autograd.grad(plain(x), x, v)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.func.jvp(layer, (x,), (v,))[1], torch.func.jvp(plain, (x,), (v,))[1])
-    each = torch.func.vmap(torch.func.jacrev(lip.MaxMin(dim - (dim > 0))))
+    each = torch.func.vmap(torch.func.jacrev(lip.MaxMin(dim - (dim > 0), pairs)))
     torch.testing.assert_close(each(x), torch.func.vmap(torch.func.jacrev(plain_of_one(plain)))(x))
     assert torch.autograd.gradcheck(layer, x)
     assert torch.autograd.gradgradcheck(layer, x)
@@ -66,6 +73,16 @@ def test_the_derivative_of_maxmin_keeps_norms_at_ties_too(dtype: torch.dtype):
     x = torch.tensor([1.0, 0.0, -2.0, 1.0, -0.0, 7.0], dtype=dtype)
     J = torch.autograd.functional.jacobian(lip.MaxMin(0), x)
     assert torch.equal(J @ J.mT, torch.eye(6, dtype=dtype))
+
+
+def test_maxmin_on_neighbours_leaves_maxima_and_minima_in_each_half_of_the_channels():
+    x = torch.tensor([[1.0, 2.0, 9.0, 4.0, 5.0, 6.0, 7.0]])
+    assert lip.MaxMin(pairs="neighbours")(x).tolist() == [[2.0, 1.0, 9.0, 4.0, 6.0, 5.0, 7.0]]
+    assert lip.MaxMin()(x).tolist() == [[4.0, 5.0, 9.0, 1.0, 2.0, 6.0, 7.0]]
+    assert tied_channels(lip.MaxMin(pairs="neighbours"), 7) == [0, 0, 1, 1, 2, 2, 3]
+    assert str(lip.get_activation("maxmin_neighbours")) == "MaxMin(dim=1, pairs='neighbours')"
+    with pytest.raises(UnknownNameError, match=r"pairs 'neighbors'.*neighbours"):
+        lip.MaxMin(pairs="neighbors")
 
 
 def test_maxmin_hands_on_what_is_not_finite_with_and_without_gradients():

@@ -125,7 +125,9 @@ def test_blocks_per_frequency_freeze_with_strides(make: Callable, padding_mode: 
     assert torch.allclose(frozen(one), block(one), atol=1e-12)
 
 
-@pytest.mark.parametrize("activation", [lp.MaxMin(), lp.GroupSort(3), lp.Householder(6, order=2), nn.GELU()], ids=repr)
+@pytest.mark.parametrize(
+    "activation", [lp.MaxMin(pairs="neighbours"), lp.GroupSort(3), lp.Householder(6, order=2), nn.GELU()], ids=repr
+)
 def test_dense_blocks_keep_their_activation_and_any_leading_dimensions(activation: nn.Module):
     torch.manual_seed(0)
     block = stirred(lp.LDLTBlock(5, (6, 6), 4, activation=activation, lipschitz=3.0).double())
@@ -663,7 +665,7 @@ def small() -> tuple[nn.Module, tuple[int, ...]]:
         nn.Flatten(),
         lp.Householder(32),
         lp.ConvexResidual(lp.BjorckLinear(32, 32)),
-        lp.LDLTBlock(32, 8, activation=lp.MaxMin()),
+        lp.LDLTBlock(32, 8, activation=lp.MaxMin(pairs="neighbours")),
         lp.NormalizedLinear(32, 5),
     )
     return stirred(net), (3, 8, 8)

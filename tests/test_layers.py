@@ -30,6 +30,7 @@ ACTIVATIONS: list[Callable[[], nn.Module]] = [
     lambda: lip.GroupSort(3),
     lambda: lip.GroupSort(None),
     lambda: lip.MaxMin(dim=-1),
+    lambda: lip.MaxMin(pairs="neighbours"),
 ]
 
 
@@ -76,9 +77,10 @@ def test_maxmin_has_its_derivatives_in_every_mode():
     torch.testing.assert_close(torch.func.vmap(lip.MaxMin(0))(samples), lip.MaxMin(1)(samples))
 
 
-def test_maxmin_keeps_channels_last():
+@pytest.mark.parametrize("pairs", ["halves", "neighbours"])
+def test_maxmin_keeps_channels_last(pairs: str):
     x = randn(2, 6, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
-    y = lip.MaxMin()(x)
+    y = lip.MaxMin(pairs=pairs)(x)
     assert y.is_contiguous(memory_format=torch.channels_last)
     y.square().sum().backward()
     assert x.grad is not None

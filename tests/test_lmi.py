@@ -154,7 +154,7 @@ def test_every_range_of_slopes_has_its_inequality(make: Callable, activation: nn
 
 
 @pytest.mark.parametrize("make", [LDLTBlock, LDLTSequential])
-@pytest.mark.parametrize("activation", [MaxMin(), GroupSort(3), GroupSort(None)], ids=str)
+@pytest.mark.parametrize("activation", [MaxMin(), MaxMin(pairs="neighbours"), GroupSort(3), GroupSort(None)], ids=str)
 def test_sorting_activations_share_the_multipliers_of_a_group(make: Callable, activation: nn.Module):
     block = built(make, 2, activation=activation, dtype=torch.float64)
     scaled(block, 10.0)

@@ -202,6 +202,7 @@ class Mixing(nn.Module):
     [
         lp.MaxMin(dim=0),
         lp.MaxMin(dim=-2),
+        lp.MaxMin(dim=0, pairs="neighbours"),
         lp.GroupSort(dim=0),
         lp.GroupSort(None, dim=-2),
         lp.BetaAbs(dim=0),
@@ -211,7 +212,7 @@ class Mixing(nn.Module):
         Mixing(lambda x: x.reshape(-1, 2, 2).transpose(0, 1).reshape(-1, 4)),
         Mixing(lambda x: x + x.shape[0] * 1.0),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_a_model_that_mixes_the_samples_of_a_batch_is_refused(part: nn.Module):
     for width in (2, 4, 5, 7):

@@ -84,7 +84,7 @@ ENTRYWISE = [
     nn.LogSigmoid(), nn.Softsign(), nn.Softshrink(), nn.Tanhshrink(), nn.Hardsigmoid(), nn.Hardswish(), nn.ELU(),
     nn.ELU(3.0), nn.CELU(0.5), nn.SELU(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Mish(), nn.LeakyReLU(),
     nn.LeakyReLU(-2.0), nn.PReLU(), nn.PReLU(6), nn.RReLU(), lp.Abs(), lp.BetaAbs(), lp.MaxMin(), lp.GroupSort(),
-    lp.GroupSort(4), lp.GroupSort(None), lp.Householder(6, 3),
+    lp.GroupSort(4), lp.GroupSort(None), lp.Householder(6, 3), lp.MaxMin(pairs="neighbours"),
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,44 +71,71 @@ class _Sort2(torch.autograd.Function):
     jvp = backward  # the derivative is symmetric
 
 
-class MaxMin(LipschitzModule):
-    r"""(a, b) ↦ (max(a, b), min(a, b)) for the halves a, b of the channels: a gradient-norm-preserving activation.
+PAIRS = ("halves", "neighbours")
 
-    Channel i is paired with channel i + ⌊C/2⌋; of an odd number the last passes unchanged. It permutes the entries
-    of its input, hence preserves norms; 1-Lipschitz as a map of the pair, without a slope range. Any number of
-    channels and dimensions. Cost: two elementwise operations. Signal gain at initialisation: 1, as always.
+
+class MaxMin(LipschitzModule):
+    r"""(a, b) ↦ (max(a, b), min(a, b)) for pairs (a, b) of channels: a gradient-norm-preserving activation.
+
+    Channel i is paired with channel i + ⌊C/2⌋, or 2i with 2i + 1; of an odd number the last passes unchanged. It
+    permutes the entries of its input, hence preserves norms; 1-Lipschitz as a map of the pair, without a slope range.
+    Any number of channels and dimensions. Cost: two elementwise operations. Signal gain at initialisation: 1, as
+    always.
 
     Args:
         dim: the channel dimension.
+        pairs: "halves", channel i with i + ⌊C/2⌋, so that the first half holds the maxima; or "neighbours", 2i with
+            2i + 1, so that each part of the channels holds maxima and minima.
 
     Shape:
         any, unchanged.
 
+    Raises:
+        UnknownNameError: other pairs.
+
     Source: Anil, Lucas & Grosse 2019, arXiv 1811.05381.
 
-    >>> MaxMin()(torch.tensor([[1.0, 2.0, 3.0, 0.0, 9.0]]))
-    tensor([[3., 2., 1., 0., 9.]])
+    >>> x = torch.tensor([[1.0, 2.0, 3.0, 0.0, 9.0]])
+    >>> MaxMin()(x), MaxMin(pairs="neighbours")(x)
+    (tensor([[3., 2., 1., 0., 9.]]), tensor([[2., 1., 3., 0., 9.]]))
     """
 
-    def __init__(self, dim: int = 1) -> None:
+    def __init__(self, dim: int = 1, pairs: str = "halves") -> None:
         super().__init__()
+        if pairs not in PAIRS:
+            raise UnknownNameError.of("pairs", pairs, PAIRS)
         self.dim = dim
+        self.pairs = pairs
 
     def forward(self, x: Tensor) -> Tensor:
-        half = x.shape[self.dim] // 2
-        a, b, rest = x.split([half, half, x.shape[self.dim] - 2 * half], self.dim)
         # plain operations where nothing differentiates, and for compilers, which take no function with a jvp
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor)
+        if not traced and self.pairs == "neighbours" and x.stride(self.dim) == 1:  # keeps the format channels_last
+            return self._sorted(x.movedim(self.dim, -1), -1, traced).movedim(-1, self.dim)
+        return self._sorted(x, self.dim, traced)
+
+    def _sorted(self, x: Tensor, dim: int, traced: bool) -> Tensor:
         records = not traced and torch.is_grad_enabled() and x.requires_grad
-        pair = _Sort2.apply(a, b) if records else _sort2(a, b)
+        sort = _Sort2.apply if records else _sort2
+        half = x.shape[dim] // 2
+        if self.pairs == "halves":
+            a, b, rest = x.split([half, half, x.shape[dim] - 2 * half], dim)
+            parts = [*sort(a, b)]
+        else:
+            paired, rest = x.split([2 * half, x.shape[dim] - 2 * half], dim)
+            inner = dim if dim < 0 else dim + 1  # of the two in a pair
+            a, b = paired.unflatten(dim, (half, 2)).unbind(inner)
+            pairs = torch.cat([each.unsqueeze(inner) for each in sort(a, b)], inner)
+            parts = [pairs.flatten(inner - 1, inner)]
         # an empty part would undo the memory format channels_last
-        return torch.cat([*pair, rest] if traced or rest.shape[self.dim] else pair, self.dim)
+        parts += [rest] if traced or rest.shape[dim] else []
+        return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
     def lipschitz_bound(self) -> float:
         return 1.0
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}"
+        return f"dim={self.dim}" + ("" if self.pairs == "halves" else f", pairs={self.pairs!r}")
 
 
 class GroupSort(LipschitzModule):
@@ -444,13 +472,17 @@ def halves(channels: int, half: int) -> list[int]:
     return [i % half for i in range(2 * half)] + list(range(half, channels - half))
 
 
-def _neighbours(activation: GroupSort, channels: int) -> list[int]:
-    return [i // (activation.group_size or channels) for i in range(channels)]
+def _neighbours(channels: int, size: int) -> list[int]:
+    return [i // size for i in range(channels)]
+
+
+def _max_min(activation: MaxMin, channels: int) -> list[int]:
+    return halves(channels, channels // 2) if activation.pairs == "halves" else _neighbours(channels, 2)
 
 
 TIED: dict[type[nn.Module], Callable[[Any, int], list[int]]] = {
-    MaxMin: lambda activation, channels: halves(channels, channels // 2),
-    GroupSort: _neighbours,
+    MaxMin: _max_min,
+    GroupSort: lambda activation, channels: _neighbours(channels, activation.group_size or channels),
     Householder: lambda activation, channels: halves(channels, activation.theta.shape[-1]),
     FrozenHouseholder: lambda activation, channels: halves(channels, activation.mirrors.shape[-1]),
 }
@@ -478,6 +510,7 @@ def require_slope_range(owner: object, activation: nn.Module, low: float = 0.0, 
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "maxmin": MaxMin,
+    "maxmin_neighbours": partial(MaxMin, pairs="neighbours"),
     "groupsort": GroupSort,
     "fullsort": lambda: GroupSort(None),
     "abs": Abs,
