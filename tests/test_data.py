@@ -39,6 +39,7 @@ from liplayers.data import (
     Loaded,
     Npz,
     RandAugment,
+    RandomAffine,
     RandomHorizontalFlip,
     RandomShift,
     Source,
@@ -495,6 +496,42 @@ def test_random_shift_reaches_every_shift_evenly() -> None:
     assert (counts - 1000).abs().max() < 150
 
 
+@pytest.mark.parametrize("arguments", [{"padding_mode": "reflect"}, {"fill": 0.25}, {"fill": [0.5, 0.1, 1.0]}], ids=str)
+def test_random_shift_is_torchvisions_padding_and_a_crop(arguments: dict[str, Any]) -> None:
+    images = torch.rand(40, 3, 6, 5)
+    result = RandomShift(4, **arguments)(images, seeded(1))
+    corners = torch.randint(9, (2, 40), generator=seeded(1)).T.tolist()
+    fill = arguments.get("fill", 0.0)
+    for image, got, (top, left) in zip(images, result, corners, strict=True):
+        padded = F.pad(image, [4] * 4, fill=fill, padding_mode=arguments.get("padding_mode", "constant"))
+        assert torch.equal(got, F.crop(padded, top, left, 6, 5))
+
+
+@pytest.mark.parametrize("size", [(9, 7), (8, 8)])
+def test_random_affine_is_torchvisions_with_an_angle_and_a_shift_for_each_image(size: tuple[int, int]) -> None:
+    images = torch.rand(12, 3, *size, generator=seeded(1))
+    got = RandomAffine(degrees=40, translate=0.3)(images, seeded(0))
+    draws = 2 * torch.rand(3, 12, generator=seeded(0)) - 1
+    for image, out, (angle, across, down) in zip(images, got, draws.T.tolist(), strict=True):
+        shift = [0.3 * across * size[1], 0.3 * down * size[0]]
+        plain: dict[str, Any] = {"scale": 1.0, "shear": [0.0, 0.0], "interpolation": F.InterpolationMode.BILINEAR}
+        expected = F.affine(image, angle=40 * angle, translate=shift, **plain)
+        assert torch.allclose(out, expected, atol=1e-5)
+    assert torch.allclose(RandomAffine()(images), images, atol=1e-5)
+
+
+def test_random_affine_reflects_the_border_with_its_pixels() -> None:
+    images = torch.rand(6, 1, 8, 8)
+    got = RandomAffine(translate=0.5, padding_mode="reflect")(images, seeded(3))
+    shifts = 0.5 * (2 * torch.rand(3, 6, generator=seeded(3)) - 1)[1:]
+    wide = F.pad(images, [8] * 4, padding_mode="symmetric")
+    for n, (across, down) in enumerate(shifts.T.tolist()):
+        moved = F.affine(
+            wide[n], 0.0, [across * 8, down * 8], 1.0, [0.0, 0.0], interpolation=F.InterpolationMode.BILINEAR
+        )
+        assert torch.allclose(got[n], moved[:, 8:16, 8:16], atol=1e-5)
+
+
 def test_random_flip_against_a_loop() -> None:
     images = torch.rand(60, 3, 4, 5)
     result = RandomHorizontalFlip(0.3)(images, torch.Generator().manual_seed(2))
@@ -525,7 +562,22 @@ def test_colour_jitter_is_torchvisions_with_factors_for_each_image(channels: int
     assert torch.allclose(ColorJitter()(images, seeded(0)), images, atol=1e-6)
 
 
-def rand_augmented(image: Tensor) -> list[Tensor]:
+def test_colour_jitter_takes_ranges_and_turns_the_hue_as_torchvision_does() -> None:
+    images = torch.rand(20, 3, 5, 4, generator=seeded(1))
+    images[0], images[1, 0] = images[0, :1], images[1, 1]  # greys have no hue, and two channels may be equal
+    got = ColorJitter(0.1, (0.5, 2), [0.3, 2], hue=0.4)(images, seeded(0))
+    generator = seeded(0)
+    factors = torch.rand(3, 20, 1, 1, 1, generator=generator).squeeze().T.tolist()
+    hues = 0.4 * (2 * torch.rand(20, 1, 1, 1, generator=generator) - 1)
+    for n, (brightness, contrast, saturation) in enumerate(factors):
+        expected = F.adjust_contrast(F.adjust_brightness(images[n], 0.9 + 0.2 * brightness), 0.5 + 1.5 * contrast)
+        expected = F.adjust_hue(F.adjust_saturation(expected, 0.3 + 1.7 * saturation), hues[n].item())
+        assert torch.allclose(got[n], expected, atol=1e-4)
+    grey = images[:, :1]
+    assert torch.equal(ColorJitter(hue=0.5)(grey, seeded(0)), ColorJitter()(grey, seeded(0)))
+
+
+def rand_augmented(image: Tensor, interpolation: F.InterpolationMode) -> list[Tensor]:
     """Every image that one operation at half strength can give."""
     moved = [{"angle": 15.0}, {"shear": [np.degrees(0.15), 0.0]}, {"translate": [2, 0]}, {"translate": [0, 2]}]
     out = [image, F.posterize(image, 6), F.solarize(image, 0.5), F.autocontrast(image), F.equalize(image)]
@@ -533,20 +585,21 @@ def rand_augmented(image: Tensor) -> list[Tensor]:
         for change in moved:
             plain: dict[str, Any] = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
             signed = {k: [sign * x for x in v] if isinstance(v, list) else sign * v for k, v in change.items()}
-            out.append(F.affine(image, **(plain | signed), interpolation=F.InterpolationMode.BILINEAR))
+            out.append(F.affine(image, **(plain | signed), interpolation=interpolation))
             if "shear" in change:
-                flipped = F.affine(image.mT, **(plain | signed), interpolation=F.InterpolationMode.BILINEAR)
+                flipped = F.affine(image.mT, **(plain | signed), interpolation=interpolation)
                 out.append(flipped.mT)
         blends = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_sharpness)
         out += [blend(image, 1 + sign * 0.45) for blend in blends]
     return out
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_rand_augment_gives_each_image_one_of_the_operations_and_all_occur(channels: int) -> None:
+@pytest.mark.parametrize(("channels", "interpolation"), [(1, "bilinear"), (3, "bilinear"), (3, "nearest")])
+def test_rand_augment_gives_each_image_one_of_the_operations_and_all_occur(channels: int, interpolation: str) -> None:
     image = torch.rand(channels, 9, 9, generator=seeded(1))
-    got = RandAugment(num_ops=1, magnitude=0.5)(image.expand(400, -1, -1, -1), seeded(2))
-    expected = rand_augmented(image)
+    augment = RandAugment(num_ops=1, magnitude=0.5, interpolation=interpolation)
+    got = augment(image.expand(400, -1, -1, -1), seeded(2))
+    expected = rand_augmented(image, F.InterpolationMode(interpolation))
     apart = (got[:, None] - torch.stack(expected)).abs().amax((2, 3, 4))
     assert apart.amin(1).max() < 1e-4
     assert apart.amin(0).max() < 1e-4
@@ -561,7 +614,26 @@ def test_rand_augment_applies_a_share_p_of_the_operations() -> None:
         assert abs((got == image).all((1, 2, 3)).double().mean() - unchanged) < 0.04
 
 
-@pytest.mark.parametrize("module", [ColorJitter(0.4, 0.4, 0.4), RandAugment(2, 1.0)], ids=["jitter", "rand"])
+def test_rand_augment_leaves_a_share_of_the_images_as_they_are() -> None:
+    image = torch.rand(3, 9, 9, generator=seeded(1))
+    images = image.expand(2000, -1, -1, -1)
+    identity = (2 / 28) ** 2
+    for gate, unchanged in (("image", 0.5 + 0.5 * identity), ("operation", (0.5 + 0.5 * 2 / 28) ** 2)):
+        got = RandAugment(num_ops=2, magnitude=0.37, p=0.5, gate=gate)(images, seeded(2))
+        assert abs((got == image).all((1, 2, 3)).double().mean() - unchanged) < 0.03
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        ColorJitter(0.4, 0.4, 0.4, 0.5),
+        RandAugment(2, 1.0),
+        RandAugment(2, 1.0, 0.5, "image", "nearest"),
+        RandomAffine(30, 0.4),
+        RandomShift(4, "reflect"),
+    ],
+    ids=["jitter", "rand", "gated", "affine", "shift"],
+)
 def test_colour_augmentation_keeps_the_range_repeats_and_differs_between_images(module: nn.Module) -> None:
     images = torch.rand(1, 3, 8, 8).expand(64, -1, -1, -1)
     before = images.clone()
@@ -578,6 +650,14 @@ def test_colour_augmentation_keeps_the_range_repeats_and_differs_between_images(
         (lambda: ColorJitter(brightness=-1), "brightness"),
         (lambda: ColorJitter(contrast=float("nan")), "contrast"),
         (lambda: ColorJitter(saturation=True), "saturation"),
+        (lambda: ColorJitter(contrast=(2.0, 0.5)), "contrast"),
+        (lambda: ColorJitter(contrast=[0.5, 1.0, 2.0]), "contrast"),
+        (lambda: ColorJitter(hue=0.6), "hue"),
+        (lambda: ColorJitter(hue=(-0.1, float("nan"))), "hue"),
+        (lambda: RandomAffine(degrees=200), "degrees"),
+        (lambda: RandomAffine(translate=-0.1), "translate"),
+        (lambda: RandomShift(1, fill=1.5), "fill"),
+        (lambda: RandomShift(1, fill=[0.5, "a"]), "fill"),
         (lambda: RandAugment(num_ops=0), "num_ops"),
         (lambda: RandAugment(num_ops=1.5), "num_ops"),
         (lambda: RandAugment(magnitude=9), "magnitude"),
@@ -595,6 +675,11 @@ def test_colour_augmentation_names_a_bad_shape(module: nn.Module, shape: tuple[i
 
 
 def test_augmentation_arguments() -> None:
+    for module in (RandomAffine, RandAugment, partial(RandomShift, 1)):
+        for name in {"padding_mode", "gate", "interpolation"} & set(inspect.signature(module).parameters):
+            fails(UnknownNameError, partial(module, **{name: "mirror"}), name, "'mirror'")
+    fails(ShapeError, partial(RandomShift(1, fill=[0.5, 0.5]), torch.zeros(2, 3, 4, 4)), "fill", "(2, 3, 4, 4)")
+    fails(ShapeError, partial(RandomShift(4, "reflect"), torch.zeros(2, 3, 4, 8)), "padding=4", "(2, 3, 4, 8)")
     paddings: list[Any] = [-1, 1.5, True, "2"]
     for padding in paddings:
         fails(ArgumentError, partial(RandomShift, padding), "padding", repr(padding))

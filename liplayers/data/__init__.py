@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from liplayers.extras import extra
 
 with extra("train"):
-    from liplayers.data.augment import ColorJitter, RandAugment, RandomHorizontalFlip, RandomShift
+    from liplayers.data.augment import ColorJitter, RandAugment, RandomAffine, RandomHorizontalFlip, RandomShift
     from liplayers.data.checks import validate_images, validate_inputs
     from liplayers.data.digits import Digits
     from liplayers.data.folder import ImageFolder
@@ -51,6 +51,7 @@ __all__ = [
     "Loaded",
     "Npz",
     "RandAugment",
+    "RandomAffine",
     "RandomHorizontalFlip",
     "RandomShift",
     "Scaling",
