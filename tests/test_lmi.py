@@ -221,6 +221,7 @@ CONVOLUTIONS: list[tuple[Callable[..., Block], dict]] = [
     (LDLTConv2dBlock, {"out_channels": 2, "stride": 2, "kernel_size": 5}),
     (SandwichConv2dBlock, {}),
     (SandwichConv2dBlock, {"out_channels": 5, "stride": 2, "lipschitz": 0.5}),
+    (SandwichConv2dBlock, {"kernel_size": 1, "stride": 2, "output_bias": False}),
 ]
 
 

@@ -122,6 +122,82 @@ def test_liresnet_takes_every_block(block: str):
     check_network(liresnet(IMAGE, 3, block=block, channels=4, depth=2, width=6, dense=1))
 
 
+@pytest.mark.parametrize("make", [bronet, liresnet])
+def test_means_may_be_subtracted_after_each_layer(make: Callable[..., nn.Module]):
+    model = make(IMAGE, 3, channels=4, depth=2, width=6, dense=0, centering="after")
+    layer, centering = model.body[2:4]
+    assert layer.bias is None
+    assert isinstance(centering, lp.BatchCentering)
+    seen: list[torch.Tensor] = []
+    centering.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(torch.rand(5, *IMAGE))
+    torch.testing.assert_close(seen[0].mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-6)
+    centering._forward_hooks.clear()
+    check_network(model)
+    same = {"channels": 4, "depth": 2, "width": 6, "dense": 0}
+    assert parameters(lambda: make(IMAGE, 3, **same)) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_block_with_its_activation_inside_keeps_its_bias_before_a_centering():
+    model = liresnet(IMAGE, 3, block="sll", channels=4, depth=1, width=6, dense=0, centering="after")
+    assert model.body[2].bias is not None
+    assert model.body[3].bias is None
+    check_network(model)
+
+
+def test_ranks_of_bros_dense_layers():
+    model = bronet(
+        IMAGE,
+        3,
+        channels=4,
+        depth=1,
+        width=8,
+        dense=1,
+        patch="bro",
+        linear="bro",
+        rank_ratio=0.25,
+        dense_rank_ratio=0.5,
+    )
+    shapes = [tuple(layer.raw.shape) for layer in model.body if isinstance(layer, (lp.BROConv2d, lp.BROLinear))]
+    assert shapes == [(4, 1, 3, 3), (64, 4, 1, 1), (8, 4), (8, 4)]  # a patch of 4 × 4 on 4 × 4; 4 features to 8
+    check_network(model)
+    mixed = bronet(IMAGE, 3, channels=4, depth=1, width=2, dense=1, linear="bro", dense_rank_ratio=0.5)
+    assert [tuple(layer.raw.shape) for layer in mixed.body if isinstance(layer, lp.BROLinear)] == [(4, 2), (2, 1)]
+
+
+def test_l2_pooling_in_place_of_patches():
+    model = bronet(IMAGE, 3, patch="l2", channels=4, depth=1, width=6)
+    assert any(isinstance(m, lp.L2Pool2d) for m in model.body)
+    check_network(model)
+
+
+def test_convnet_and_aolnet_may_start_as_the_identity():
+    conv = convnet(IMAGE, 3, channels=4, convs_per_block=1, start="identity", padding_mode="circular")
+    patches = aolnet(IMAGE, 3, channels=6, depth=2, patch_features=2, dense=2, start="identity")
+    for model, last in ((conv, 1), (patches, 0)):  # the first layer of both, and the last of one, are orthogonal
+        layers = [m for m in model.body if isinstance(m, (lp.AOLConv2d, lp.AOLLinear))]
+        for layer in layers[1 : len(layers) - last]:
+            weight = torch.zeros(layer.weight.shape)
+            nn.init.dirac_(weight) if weight.dim() == 4 else nn.init.eye_(weight)
+            torch.testing.assert_close(torch.Tensor(layer.weight.detach()), weight, rtol=0, atol=0)
+        for layer in (layers[0], layers[-last]) if last else layers[:1]:
+            matrix = layer.weight.detach().flatten(1)
+            short = min(matrix.shape)
+            gram = matrix @ matrix.mT if len(matrix) == short else matrix.mT @ matrix
+            torch.testing.assert_close(torch.Tensor(gram), torch.eye(short), rtol=0, atol=1e-5)
+        check_network(model)
+    with pytest.raises(ArgumentError, match="no dense weight"):
+        convnet(IMAGE, 3, conv="soc", channels=4, start="identity")
+
+
+def test_models_subtract_a_mean_of_each_channel():
+    model = lipconvnet(IMAGE, 3, channels=4, stages=1, mean=[0.1, 0.2, 0.3])
+    x = torch.rand(2, *IMAGE)
+    torch.testing.assert_close(model.preprocess(x), x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1))
+    with pytest.raises(ArgumentError, match=r"mean=\[0.1, 0.2\].*3 channels"):
+        lipconvnet(IMAGE, 3, mean=[0.1, 0.2])
+
+
 @pytest.mark.parametrize("patch", ["aol", "bro", "cayley", "rko"])
 def test_the_stem_may_have_patches_and_any_family(patch: str):
     check_network(bronet(IMAGE, 3, stem=patch, patch=patch, linear="bro", stem_patch=4, channels=6, depth=1, width=6))
@@ -145,6 +221,14 @@ def test_lbdn_takes_blocks_that_change_the_size(conv_block: str, dense_block: st
     model = lbdn(
         IMAGE, 3, conv_block=conv_block, dense_block=dense_block, channels=2, stages=2, width=6, activation=activation
     )
+    check_network(model)
+
+
+def test_lbdn_as_its_code_has_it():
+    model = lbdn(IMAGE, 3, channels=2, stages=2, width=6, padding_mode="circular", strided_kernel=1, output_bias=False)
+    blocks = [block for block in model.body if not isinstance(block, nn.Flatten)]
+    assert [tuple(b.raw.shape[2:]) for b in blocks] == [(3, 3), (1, 1), (3, 3), (1, 1), (), (), ()]
+    assert all(b.bias is None and b.hidden_bias is not None for b in blocks)
     check_network(model)
 
 
@@ -286,6 +370,9 @@ def test_lipconvnet_n_has_n_convolutions_and_1024_features(n: int):
         (bronet, {"stem_patch": 9}, "stem_patch=9"),
         (bronet, {"stem_patch": 0}, "stem_patch=0"),
         (bronet, {"rank_ratio": 2.0}, "rank_ratio=2.0"),
+        (bronet, {"centering": "between"}, "before"),
+        (convnet, {"start": "random"}, "identity"),
+        (lbdn, {"conv_block": "ldlt", "output_bias": False}, "output_bias"),
         (liresnet, {"dense": True}, "dense=True"),
         (liresnet, {"block": "bro"}, "bro"),
         (liresnet, {"head": "normalised"}, "normalized"),

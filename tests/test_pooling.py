@@ -201,6 +201,27 @@ def test_centering_state_copies_and_modes():
         lip.lipschitz_bound(layer)
 
 
+@pytest.mark.parametrize("shape", CENTRED)
+def test_centering_adds_its_bias_after_the_mean(shape: tuple[int, ...]):
+    plain, layer = lip.BatchCentering(3, dtype=torch.float64), lip.BatchCentering(3, dtype=torch.float64, bias=True)
+    assert list(layer.state_dict()) == ["bias", "running_mean"]
+    assert repr(layer) == "BatchCentering(channels=3, momentum=0.1, bias=True)"
+    offset = randn(3, seed=2)
+    with torch.no_grad():
+        layer.bias.copy_(offset)
+    x = randn(*shape)
+    for mode in (True, False):
+        expected = plain.train(mode)(x) + offset.view(3, *[1] * (len(shape) - 2))
+        torch.testing.assert_close(layer.train(mode)(x), expected)
+        assert lip.lipschitz_bound(layer) == 1
+    torch.testing.assert_close(lip.freeze(layer)(x), layer(x))
+    layer.reset_parameters()
+    assert not layer.bias.any()
+    layer.bias.data = torch.zeros(1)
+    with pytest.raises(ShapeError, match="bias"):
+        layer(x)
+
+
 def test_centering_refuses_arguments_and_shapes():
     with pytest.raises(ArgumentError, match="channels"):
         lip.BatchCentering(0)

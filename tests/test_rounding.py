@@ -107,7 +107,7 @@ SHAPED: list[tuple[nn.Module, tuple[int, ...]]] = [
     (lp.SpatialShift2d(), (4, 4, 6)),
     (lp.Normalize([0.1, 0.5], [0.3, 2.0]), (2, 4, 4)),
     (lp.Scale(-3.7), (4,)),
-    (nn.Sequential(lp.BatchCentering(2), lp.PositionEmbedding((2, 4, 4))), (2, 4, 4)),
+    (nn.Sequential(lp.BatchCentering(2, bias=True), lp.PositionEmbedding((2, 4, 4))), (2, 4, 4)),
     (lp.ConvexResidual(nn.Sequential(lp.AOLLinear(4, 4), lp.MaxMin()), alpha=0.3), (4,)),
     (lp.Concatenate([lp.AOLLinear(4, 2), nn.Tanh()]), (4,)),
     (nn.MaxPool2d(3, 2, padding=1), (2, 6, 6)),

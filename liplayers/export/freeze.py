@@ -23,7 +23,7 @@ from liplayers.modules.frozen import (
     FrozenFourierConv2d,
     FrozenPolynomialConv2d,
 )
-from liplayers.modules.offsets import PositionEmbedding
+from liplayers.modules.offsets import BatchCentering, PositionEmbedding
 
 __all__ = ["freeze"]
 
@@ -126,7 +126,8 @@ def check_plain(model: nn.Module) -> None:
             raise ArgumentError(f"{path or 'the model'} ({type(module).__name__}): {reason}")
 
 
-PLAIN = (PositionEmbedding, FrozenFourierConv2d, FrozenPolynomialConv2d)  # their parameters are what runs
+# their parameters are what runs
+PLAIN = (BatchCentering, PositionEmbedding, FrozenFourierConv2d, FrozenPolynomialConv2d)
 _COMPUTES = ("forward", "convolve", "run")
 
 

@@ -47,6 +47,11 @@ def _sandwich(block: Block, raw: Tensor, logs: Tensor) -> ExplicitWeights:
     return ExplicitWeights((scale * B / psi[:, None],), scale * A.mH * psi, None, (multiplier,))
 
 
+def _with_output_bias(block: Block, text: str) -> str:
+    hidden_only = block.bias is None and block.hidden_bias is not None
+    return text.removesuffix(", bias=False") + ", output_bias=False" if hidden_only else text
+
+
 class SandwichBlock(DenseLMIBlock):
     r"""Sandwich layer, a dense 𝓛-Lipschitz layer with its activation inside: y = √(2𝓛) AᵀΨσ(√(2𝓛) Ψ⁻¹B x + b).
 
@@ -58,9 +63,10 @@ class SandwichBlock(DenseLMIBlock):
     Args:
         features: size of the input.
         out_features: default `features`.
-        bias: whether b is there.
+        bias: whether b, and the bias of the output, are there.
         activation: entrywise with slopes in [0, 1]; default ReLU.
         lipschitz: 𝓛.
+        output_bias: False leaves out the bias of the output alone, as in the paper.
         device, dtype: of the parameters.
 
     Shape:
@@ -89,6 +95,7 @@ class SandwichBlock(DenseLMIBlock):
         *,
         activation: nn.Module | None = None,
         lipschitz: float = 1.0,
+        output_bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -96,6 +103,8 @@ class SandwichBlock(DenseLMIBlock):
         self.raw = self.new_parameter((self.outputs, self.outputs + features), device, dtype)
         self.log_multiplier = self.new_parameter((self.multiplier_count(),), device, dtype)
         self.make_biases(bias, device, dtype)
+        if not output_bias:
+            self.bias = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -106,6 +115,9 @@ class SandwichBlock(DenseLMIBlock):
 
     def map_weight(self, raw: Tensor, log_multiplier: Tensor) -> ExplicitWeights:
         return _sandwich(self, raw, log_multiplier)
+
+    def _arguments(self) -> str:
+        return _with_output_bias(self, super()._arguments())
 
 
 class SandwichConv2dBlock(Conv2dLMIBlock):
@@ -120,9 +132,9 @@ class SandwichConv2dBlock(Conv2dLMIBlock):
         out_channels: default `channels`.
         kernel_size: odd, of the raw kernel.
         stride: acts by pixel-unshuffling: the output has ⌈H/s⌉ × ⌈W/s⌉ pixels.
-        bias: whether b is there.
+        bias: whether b, and the bias of the output, are there.
         padding_mode: "zeros" or "circular".
-        activation, lipschitz, device, dtype: as in `SandwichBlock`.
+        activation, lipschitz, output_bias, device, dtype: as in `SandwichBlock`.
 
     Shape:
         (N, channels, H, W) → (N, out_channels, ⌈H/s⌉, ⌈W/s⌉).
@@ -151,6 +163,7 @@ class SandwichConv2dBlock(Conv2dLMIBlock):
         *,
         activation: nn.Module | None = None,
         lipschitz: float = 1.0,
+        output_bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -159,6 +172,8 @@ class SandwichConv2dBlock(Conv2dLMIBlock):
         self.raw = self.new_parameter(shape, device, dtype)
         self.log_multiplier = self.new_parameter((self.multiplier_count(),), device, dtype)
         self.make_biases(bias, device, dtype)
+        if not output_bias:
+            self.bias = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -169,6 +184,9 @@ class SandwichConv2dBlock(Conv2dLMIBlock):
 
     def map_weight(self, raw: Tensor, log_multiplier: Tensor, grid: Grid) -> ExplicitWeights:
         return _sandwich(self, transfer_matrix(raw.double(), grid), log_multiplier)
+
+    def _arguments(self) -> str:
+        return _with_output_bias(self, super()._arguments())
 
 
 class LBDN(DenseLMIBlock):

@@ -9,7 +9,7 @@ from torch import nn
 from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
-from liplayers.models.parts import LayerChoice, image_shape, make_head, sequence, subtract_mean
+from liplayers.models.parts import LayerChoice, Mean, image_shape, make_head, sequence, started, subtract_mean
 from liplayers.modules.activations import get_activation
 from liplayers.modules.pooling import PadChannels, Patchify2d
 
@@ -29,13 +29,14 @@ def aolnet(
     dense: int = 14,
     activation: str | Callable[[], nn.Module] = "maxmin",
     head: LayerChoice = "truncated",
-    mean: float = 0.5,
+    mean: Mean = 0.5,
+    padding_mode: str = "zeros",
+    start: str = "family",
 ) -> nn.Sequential:
     """Patches become channels, a 1 × 1 convolution, `depth` 3 × 3 convolutions, a 1 × 1 convolution of which
     `patch_features` channels are kept, dense layers that keep the number of features, head.
 
-    patch_features = 16, 32, 48 are the paper's AOL-Small, Medium and Large on CIFAR. The initialisation is that of the
-    layers, where the paper starts from the identity.
+    patch_features = 16, 32, 48 are the paper's AOL-Small, Medium and Large on CIFAR.
 
     Args:
         input_shape: (channels, height, width) of one image.
@@ -47,9 +48,13 @@ def aolnet(
         dense: number of dense layers; no activation follows the last.
         head: "truncated" (the first outputs of the last layer are the logits, as in the paper), "normalized",
             "linear", or a family's name.
+        mean: subtracted from the pixels first, one number or one for each channel.
+        padding_mode: of the convolutions, "zeros" or "circular".
+        start: of the layers that keep their size: "family", what each begins as, or "identity", as in the paper, for
+            families with a dense weight.
 
     Raises:
-        UnknownNameError: a layer, activation or head of unknown name.
+        UnknownNameError: a layer, activation, start or head of unknown name.
         ArgumentError: patches that do not divide the image.
 
     Source: Prach & Lampert 2022, arXiv 2208.03160.
@@ -67,11 +72,12 @@ def aolnet(
     embedding = layer(image[0] * patch_size**2, channels, 1)
     body: list[nn.Module] = [Patchify2d(patch_size), embedding, get_activation(activation)]
     for _ in range(depth):
-        body += [layer(channels, channels, 3, padding=1), get_activation(activation)]
-    body += [layer(channels, channels, 1), PadChannels(patch_features), nn.Flatten()]
+        inner = layer(channels, channels, 3, padding=1, padding_mode=padding_mode)
+        body += [started(inner, start), get_activation(activation)]
+    body += [started(layer(channels, channels, 1), start), PadChannels(patch_features), nn.Flatten()]
     for i in range(dense):
         body += [get_activation(activation)] if i else []
-        body.append(get_layer(linear, "linear")(features, features))
+        body.append(started(get_layer(linear, "linear")(features, features), start))
     return sequence(
         preprocess=subtract_mean(image, mean),
         body=nn.Sequential(*body),

@@ -11,7 +11,7 @@ from torch import nn
 from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
-from liplayers.models.parts import LayerChoice, flat_size, make_head, sequence, subtract_mean
+from liplayers.models.parts import LayerChoice, Mean, flat_size, make_head, sequence, subtract_mean
 from liplayers.modules.activations import get_activation
 from liplayers.modules.pooling import PadChannels
 
@@ -29,7 +29,7 @@ def blockmlp(
     activation: str | Callable[[], nn.Module] = "relu",
     linear: LayerChoice = "cayley",
     head: LayerChoice = "normalized",
-    mean: float | None = 0.5,
+    mean: Mean | None = 0.5,
 ) -> nn.Sequential:
     """`depth` dense blocks of `width`, then a linear head.
 
@@ -43,7 +43,8 @@ def blockmlp(
         layers: hidden layers of each block, of size `width`, for blocks that can have several (LDLT, LBDN, Gershgorin).
         activation: inside the blocks, which refuse what their proof does not cover; after linear ones (LiResNet).
         head: "normalized", "linear", or a family's name.
-        mean: subtracted from each pixel or feature first; None for nothing, as for standardised features.
+        mean: subtracted first, one number or one for each channel or feature; None for nothing, as for standardised
+            features.
 
     Raises:
         UnknownNameError: a block, layer, activation or head of unknown name.

@@ -9,7 +9,7 @@ from torch import nn
 from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
-from liplayers.models.parts import LayerChoice, image_shape, make_head, sequence, subtract_mean
+from liplayers.models.parts import LayerChoice, Mean, image_shape, make_head, sequence, started, subtract_mean
 from liplayers.modules.activations import get_activation
 from liplayers.modules.pooling import MaxPool2d, PadChannels, Patchify2d
 
@@ -27,7 +27,9 @@ def convnet(
     kernel_size: int = 3,
     activation: str | Callable[[], nn.Module] = "maxmin",
     head: LayerChoice = "truncated",
-    mean: float = 0.5,
+    mean: Mean = 0.5,
+    padding_mode: str = "zeros",
+    start: str = "family",
 ) -> nn.Sequential:
     """Channels padded with zeros, a 1 × 1 convolution, blocks that each halve the image, max pooling, a 1 × 1
     convolution, head.
@@ -45,9 +47,13 @@ def convnet(
         convs_per_block, kernel_size: of each block; an odd kernel.
         head: "truncated" (the first outputs of the last convolution are the logits, as in the paper), "normalized",
             "linear", or a family's name.
+        mean: subtracted from the pixels first, one number or one for each channel.
+        padding_mode: of the convolutions, "zeros" or "circular".
+        start: of the layers that keep their size: "family", what each begins as, or "identity", as in the paper, for
+            families with a dense weight.
 
     Raises:
-        UnknownNameError: a layer, activation or head of unknown name.
+        UnknownNameError: a layer, activation, start or head of unknown name.
         ArgumentError: more blocks than the image can be halved, an even kernel, an odd number of channels.
 
     Source: Prach et al. 2023, arXiv 2311.16833.
@@ -69,7 +75,8 @@ def convnet(
     for _ in range(count):
         kernel = kernel_size if min(height, width) > 2 else 1
         for _ in range(convs_per_block):
-            body += [layer(channels, channels, kernel, padding=kernel // 2), get_activation(activation)]
+            conv_layer = layer(channels, channels, kernel, padding=kernel // 2, padding_mode=padding_mode)
+            body += [started(conv_layer, start), get_activation(activation)]
         body += [PadChannels(channels // 2), Patchify2d(2)]
         channels, height, width = 2 * channels, height // 2, width // 2
     body += [MaxPool2d((height, width)), layer(channels, channels, 1), nn.Flatten()]

@@ -7,13 +7,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import nn
 
 from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
-from liplayers.models.parts import LayerChoice, image_shape, make_head, sequence, subtract_mean
+from liplayers.models.parts import LayerChoice, Mean, image_shape, make_head, sequence, subtract_mean
 from liplayers.modules.activations import get_activation
 
 __all__ = ["lbdn"]
@@ -30,7 +31,10 @@ def lbdn(
     width: int = 2048,
     activation: str | Callable[[], nn.Module] = "relu",
     head: LayerChoice = "normalized",
-    mean: float = 0.5,
+    mean: Mean = 0.5,
+    padding_mode: str = "zeros",
+    strided_kernel: int = 3,
+    output_bias: bool = True,
 ) -> nn.Sequential:
     """Stages of two blocks, the second of stride 2, twice the channels in each next stage; dense blocks to `width`,
     `width` and half of it; head.
@@ -46,6 +50,11 @@ def lbdn(
         width: at least 2.
         activation: inside the blocks, which refuse what their proof does not cover.
         head: "normalized", "linear", "truncated", or a family's name.
+        mean: subtracted from the pixels first, one number or one for each channel.
+        padding_mode: of the convolutional blocks, "zeros" or "circular".
+        strided_kernel: odd, of the blocks of stride 2; it acts as one of half the size, rounded up, on the
+            pixel-unshuffled image: 3 as 2 × 2, 1 as 1 × 1.
+        output_bias: whether the sandwich blocks add a bias to their output; the paper's code has none.
 
     Raises:
         UnknownNameError: a block, activation or head of unknown name.
@@ -63,14 +72,15 @@ def lbdn(
     check_positive(lbdn, channels=channels, stages=stages, num_classes=num_classes)
     if width < 2:
         raise ArgumentError(f"lbdn: width={width!r}; expected at least 2, as the last block has half of it")
-    conv = _resizing(conv_block, "conv_block", "out_channels", "stride")
-    linear = _resizing(dense_block, "dense_block", "out_features")
+    conv = _resizing(conv_block, "conv_block", output_bias, "out_channels", "stride")
+    linear = _resizing(dense_block, "dense_block", output_bias, "out_features")
     here, *size = image
     body: list[nn.Module] = []
     for stage in range(stages):
         there = channels * 2**stage
-        body.append(conv(here, out_channels=there, stride=1, activation=get_activation(activation)))
-        body.append(conv(there, out_channels=there, stride=2, activation=get_activation(activation)))
+        for stride, kernel, inputs in ((1, 3, here), (2, strided_kernel, there)):
+            shape = {"out_channels": there, "kernel_size": kernel, "stride": stride, "padding_mode": padding_mode}
+            body.append(conv(inputs, **shape, activation=get_activation(activation)))
         here, size = there, [(n + 1) // 2 for n in size]
     body.append(nn.Flatten())
     features = here * math.prod(size)
@@ -84,9 +94,14 @@ def lbdn(
     )
 
 
-def _resizing(block: LayerChoice, role: str, *needed: str) -> Callable[..., nn.Module]:
+def _resizing(block: LayerChoice, role: str, output_bias: bool, *needed: str) -> Callable[..., nn.Module]:
     """The block of a family, if it takes the arguments that change the size."""
     make = get_layer(block, role)
-    if not {*needed, "activation"} <= set(inspect.signature(make).parameters):
+    takes = inspect.signature(make).parameters
+    if not {*needed, "activation"} <= set(takes):
         raise ArgumentError(f"lbdn: {role}={block!r} keeps the size of its input; use 'sandwich' or 'ldlt'")
-    return make
+    if output_bias:
+        return make
+    if "output_bias" not in takes:
+        raise ArgumentError(f"lbdn: output_bias={output_bias}: {role}={block!r} has no such choice; use 'sandwich'")
+    return partial(make, output_bias=False)

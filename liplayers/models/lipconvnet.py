@@ -9,7 +9,15 @@ from torch import nn
 from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
-from liplayers.models.parts import LayerChoice, check_not_negative, image_shape, make_head, sequence, subtract_mean
+from liplayers.models.parts import (
+    LayerChoice,
+    Mean,
+    check_not_negative,
+    image_shape,
+    make_head,
+    sequence,
+    subtract_mean,
+)
 from liplayers.modules.activations import get_activation
 
 __all__ = ["lipconvnet"]
@@ -29,7 +37,7 @@ def lipconvnet(
     dense: int = 0,
     width: int = 256,
     head: LayerChoice = "normalized",
-    mean: float = 0.5,
+    mean: Mean = 0.5,
 ) -> nn.Sequential:
     """Stages of `convs_per_stage` convolutions and one of stride 2 that doubles the channels; then dense layers, head.
 
@@ -45,6 +53,7 @@ def lipconvnet(
         convs_per_stage: of stride 1, before that of stride 2; may be 0.
         dense, width: number and size of dense layers before the head.
         head: "normalized", "linear", or a family's name.
+        mean: subtracted from the pixels first, one number or one for each channel.
 
     Raises:
         UnknownNameError: a layer, activation or head of unknown name.

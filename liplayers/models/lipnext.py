@@ -14,7 +14,7 @@ from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
 from liplayers.layers.lipnext import LipNeXtBlock
-from liplayers.models.parts import LayerChoice, image_shape, make_head, sequence, subtract_mean
+from liplayers.models.parts import LayerChoice, Mean, image_shape, make_head, sequence, subtract_mean
 from liplayers.modules.pooling import GlobalL2Pool2d
 
 __all__ = ["lipnext"]
@@ -32,7 +32,7 @@ def lipnext(
     beta: float = 0.5,
     position: bool = True,
     head: LayerChoice = "normalized",
-    mean: float = 0.5,
+    mean: Mean = 0.5,
 ) -> nn.Sequential:
     """Patch embedding, `depth` LipNeXt blocks of `width` channels, the ℓ2 norm of each channel, head.
 
@@ -49,6 +49,7 @@ def lipnext(
         beta: share of the channels that are folded.
         position: whether each block learns a position embedding, which fixes the image size.
         head: "normalized", "linear", "truncated", or a family's name.
+        mean: subtracted from the pixels first, one number or one for each channel.
 
     Raises:
         UnknownNameError: a stem or head of unknown name.

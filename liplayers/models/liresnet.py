@@ -2,13 +2,14 @@
 arXiv 2310.02513).
 
 Differs from the public code in that norms are proven bounds rather than power iterations, and in that the means are
-subtracted before each block rather than from its branch.
+subtracted before each block or after it, rather than from its branch.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import nn
 
@@ -16,15 +17,15 @@ from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
 from liplayers.models.parts import (
     LayerChoice,
+    Mean,
     around_backbone,
+    centred,
     check_not_negative,
     image_shape,
     make_head,
     sequence,
     subtract_mean,
 )
-from liplayers.modules.activations import get_activation
-from liplayers.modules.offsets import BatchCentering
 
 __all__ = ["liresnet"]
 
@@ -42,11 +43,12 @@ def liresnet(
     width: int = 2048,
     dense: int = 8,
     stem_patch: int | None = None,
+    centering: str = "before",
     activation: str | Callable[[], nn.Module] = "maxmin",
     head: LayerChoice = "normalized",
-    mean: float = 0.5,
+    mean: Mean = 0.5,
 ) -> nn.Sequential:
-    """Stem, `depth` residual blocks, each after `BatchCentering`, a convolution of patches 4 × 4, dense layers, head.
+    """Stem, `depth` residual blocks, each with `BatchCentering`, a convolution of patches 4 × 4, dense layers, head.
 
     The defaults are the network of 2024 on CIFAR (82.9M parameters); channels=256, depth=18, dense=0 is that of 2023
     up to its neck, which is taken from 2024 here.
@@ -55,17 +57,19 @@ def liresnet(
         input_shape: (channels, height, width) of one image.
         block: a family's name or a class that is called with the number of channels.
         stem: of the first convolution, 5 × 5 with stride 2.
-        patch: of the convolution of stride 4 after the backbone.
+        patch: of the convolution of stride 4 after the backbone; "l2" for ℓ2 pooling in its place.
         linear: of the dense layers.
         channels: of the blocks.
         depth: blocks in the backbone.
         width, dense: size of the dense layers, and how many follow the first.
         stem_patch: None, or the size of the patches of a stem with kernel = stride, as for ImageNet.
+        centering: whether the means are subtracted "before" each block or "after" it.
         activation: after each layer, and after each block that has none inside.
         head: "normalized", "linear", "truncated", or a family's name.
+        mean: subtracted from the pixels first, one number or one for each channel.
 
     Raises:
-        UnknownNameError: a layer, block, activation or head of unknown name.
+        UnknownNameError: a layer, block, activation, centering or head of unknown name.
         ArgumentError: patches larger than the image, sizes below 1.
 
     Source: Hu et al. 2023, arXiv 2301.12549; Hu et al. 2024, arXiv 2310.02513.
@@ -78,13 +82,8 @@ def liresnet(
     check_not_negative(liresnet, dense=dense)
     make = get_layer(block, "conv_block")
     has_activation = "activation" in inspect.signature(make).parameters
-    backbone: list[nn.Module] = []
-    for _ in range(depth):
-        backbone += [
-            BatchCentering(channels),
-            make(channels),
-            *([] if has_activation else [get_activation(activation)]),
-        ]
+    follows = None if has_activation else activation
+    backbone = [m for _ in range(depth) for m in centred(partial(make, channels), channels, follows, centering)]
     body = around_backbone(
         image,
         backbone,

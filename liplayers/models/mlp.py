@@ -8,7 +8,7 @@ from torch import nn
 
 from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
-from liplayers.models.parts import LayerChoice, flat_size, make_head, sequence, subtract_mean
+from liplayers.models.parts import LayerChoice, Mean, flat_size, make_head, sequence, subtract_mean
 from liplayers.modules.activations import get_activation
 
 __all__ = ["mlp"]
@@ -23,7 +23,7 @@ def mlp(
     depth: int = 3,
     activation: str | Callable[[], nn.Module] = "maxmin",
     head: LayerChoice = "normalized",
-    mean: float | None = 0.5,
+    mean: Mean | None = 0.5,
 ) -> nn.Sequential:
     """`depth` dense layers of `width` with an activation after each, then a linear head.
 
@@ -31,7 +31,8 @@ def mlp(
         input_shape: (channels, height, width) of one image, (features,) of one row of a table, or any other.
         linear: a family's name or a layer class with nn.Linear's signature.
         head: "normalized", "linear", or a family's name.
-        mean: subtracted from each pixel or feature first; None for nothing, as for standardised features.
+        mean: subtracted first, one number or one for each channel or feature; None for nothing, as for standardised
+            features.
 
     Raises:
         UnknownNameError: a layer, activation or head of unknown name.

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import nn
 
 from liplayers.core.checks import check_positive
 from liplayers.core.registry import FAMILIES, get_layer
+from liplayers.core.weights import ParametrizedModule
 from liplayers.errors import ArgumentError, UnknownNameError
 from liplayers.layers.normalized import NormalizedLinear
 from liplayers.modules.activations import get_activation
 from liplayers.modules.containers import Normalize
-from liplayers.modules.pooling import PadChannels
+from liplayers.modules.offsets import BatchCentering
+from liplayers.modules.pooling import L2Pool2d, PadChannels
 
 __all__ = [
     "LayerChoice",
+    "Mean",
     "Shape3d",
     "around_backbone",
+    "centred",
     "check_not_negative",
     "flat_size",
     "image_shape",
     "make_head",
     "sequence",
+    "started",
     "subtract_mean",
 ]
 
 LayerChoice = str | Callable[..., nn.Module]
 Shape3d = tuple[int, int, int]
+Mean = float | Sequence[float]  # of all inputs, or of each channel
 
 
-def subtract_mean(input_shape: Sequence[int], mean: float) -> nn.Module:
+def subtract_mean(input_shape: Sequence[int], mean: Mean) -> nn.Module:
     """Subtract `mean` from each pixel or feature; a shift does not change the Lipschitz constant."""
     channels = input_shape[0]
-    return Normalize([mean] * channels, [1.0] * channels)
+    means = [float(m) for m in mean] if isinstance(mean, Sequence) else [float(mean)] * channels
+    if len(means) != channels:
+        raise ArgumentError(f"mean={mean}: expected one number, or one for each of {channels} channels")
+    return Normalize(means, [1.0] * channels)
 
 
 def check_not_negative(owner: Callable[..., nn.Module], **counts: int) -> None:
@@ -84,6 +95,39 @@ def sequence(**modules: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(modules))
 
 
+def centred(
+    make: Callable[..., nn.Module],
+    channels: int,
+    activation: str | Callable[[], nn.Module] | None,
+    centering: str,
+) -> list[nn.Module]:
+    """A layer that keeps the number of channels, `BatchCentering` before or after it, and an activation or None.
+
+    A bias of the layer would be lost in the mean that is subtracted after it: there the centering has it.
+    """
+    if centering not in ("before", "after"):
+        raise UnknownNameError.of("centering", centering, ("before", "after"))
+    follows = [] if activation is None else [get_activation(activation)]
+    if centering == "before":
+        return [BatchCentering(channels), make(), *follows]
+    biased = bool(follows) and "bias" in inspect.signature(make).parameters
+    return [make(bias=False) if biased else make(), BatchCentering(channels, bias=biased), *follows]
+
+
+def started(layer: nn.Module, start: str) -> nn.Module:
+    """A square layer as its family starts it, or as the identity."""
+    if start not in ("family", "identity"):
+        raise UnknownNameError.of("start", start, ("family", "identity"))
+    if start == "family":
+        return layer
+    if not isinstance(layer, ParametrizedModule):
+        raise ArgumentError(f"start='identity': {type(layer).__name__} has no dense weight; use start='family'")
+    if layer.raw_device.type != "meta":
+        weight = torch.empty_like(layer.effective())
+        layer.assign_weight(nn.init.dirac_(weight) if weight.dim() == 4 else nn.init.eye_(weight))
+    return layer
+
+
 def around_backbone(
     image: Shape3d,
     backbone: Sequence[nn.Module],
@@ -100,8 +144,8 @@ def around_backbone(
     """What LiResNet and BRONet put around their backbone, which keeps the shape of (channels, height, width).
 
     Before it a convolution 5 × 5 of stride 2, or one of patches of `stem_patch`; after it one of patches 4 × 4 (of
-    smaller ones on smaller images), a dense layer to `width` and `dense` more, each but that of the patches with an
-    activation.
+    smaller ones on smaller images), or ℓ2 pooling over them, a dense layer to `width` and `dense` more, each but that
+    of the patches with an activation.
     """
     conv = get_layer(stem, "conv")
     if stem_patch is None:
@@ -116,7 +160,11 @@ def around_backbone(
     patch_size = min(4, *sizes)
     features = channels * math.prod(n // patch_size for n in sizes)
     body = [first, get_activation(activation), *backbone]
-    body += [get_layer(patch, "conv")(channels, channels, patch_size, stride=patch_size), nn.Flatten()]
+    if patch == "l2":
+        body.append(L2Pool2d(patch_size))
+    else:
+        body.append(get_layer(patch, "conv")(channels, channels, patch_size, stride=patch_size))
+    body.append(nn.Flatten())
     for _ in range(1 + dense):
         body += [get_layer(linear, "linear")(features, width), get_activation(activation)]
         features = width

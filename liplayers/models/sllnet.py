@@ -10,7 +10,15 @@ from torch import nn
 from liplayers.core.checks import check_positive
 from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError
-from liplayers.models.parts import LayerChoice, check_not_negative, image_shape, make_head, sequence, subtract_mean
+from liplayers.models.parts import (
+    LayerChoice,
+    Mean,
+    check_not_negative,
+    image_shape,
+    make_head,
+    sequence,
+    subtract_mean,
+)
 from liplayers.modules.pooling import PadChannels, ScaledAvgPool2d
 
 __all__ = ["sllnet"]
@@ -31,7 +39,7 @@ def sllnet(
     dense_blocks: int = 2,
     hidden_features: int | None = None,
     head: LayerChoice = "normalized",
-    mean: float = 0.5,
+    mean: Mean = 0.5,
 ) -> nn.Sequential:
     """`conv_blocks` on the image with `channels`, pooling, a dense layer to `width`, `dense_blocks`, head.
 
@@ -47,6 +55,7 @@ def sllnet(
         hidden_channels, hidden_features: of each block; None for the family's default and for blocks without any.
         pool: size of the patches that are averaged after the convolutions; 1 for none.
         width: of the dense blocks; None for the number of the image's features, then without a layer before them.
+        mean: subtracted from the pixels first, one number or one for each channel.
 
     Raises:
         UnknownNameError: a block or head of unknown name.

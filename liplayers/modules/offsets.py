@@ -75,6 +75,8 @@ class PositionEmbedding(LipschitzModule):
 class BatchCentering(LipschitzModule):
     r"""Subtract the mean of each channel: y = x − m, m the batch's mean in training, its running average in eval.
 
+    With `bias` a learned offset b of each channel is added, which one before the layer could not do: y = x − m + b.
+
     No variance is divided out, so both are contractions. In eval m is constant: a shift, an isometry of each sample. In
     training y = (I − 11ᵀ/M)x in each channel, over the M entries of the batch: an orthogonal projection of the whole
     batch. There the bound is one of the batch as one vector; a sample also moves the others, but all of it together is
@@ -87,7 +89,8 @@ class BatchCentering(LipschitzModule):
     Args:
         channels: C.
         momentum: the weight of the newest batch, in [0, 1].
-        device, dtype: of the buffer `running_mean`.
+        device, dtype: of the buffer `running_mean` and of the bias.
+        bias: whether b is there.
 
     Shape:
         (N, C, *) → the same.
@@ -104,7 +107,9 @@ class BatchCentering(LipschitzModule):
             [ 1.,  2.]])
     """
 
+    constant_estimate = True  # whatever the offset is
     running_mean: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -112,6 +117,8 @@ class BatchCentering(LipschitzModule):
         momentum: float = 0.1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         check_positive(self, channels=channels)
@@ -121,10 +128,13 @@ class BatchCentering(LipschitzModule):
         self.channels = channels
         self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(channels, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype)) if bias else None
 
     def reset_parameters(self) -> None:
-        """A running mean of zero."""
+        """A running mean of zero, no bias."""
         nn.init.zeros_(self.running_mean)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 2 or x.shape[1] != self.channels:
@@ -134,6 +144,9 @@ class BatchCentering(LipschitzModule):
         check_shape(self, "running_mean", self.running_mean, (self.channels,))
         # not detached: the gradient is that of the projection that ran, without a part along the mean, which it removes
         mean = self._batch_mean(x) if self.training and x.numel() else self.running_mean
+        if self.bias is not None:
+            check_shape(self, "bias", self.bias, (self.channels,))
+            mean = mean - self.bias
         return (x - mean.view(-1, *[1] * (x.dim() - 2))).to(x.dtype)
 
     def _batch_mean(self, x: Tensor) -> Tensor:
@@ -147,4 +160,4 @@ class BatchCentering(LipschitzModule):
         return 1.0
 
     def extra_repr(self) -> str:
-        return f"channels={self.channels}, momentum={self.momentum}"
+        return f"channels={self.channels}, momentum={self.momentum}" + ("" if self.bias is None else ", bias=True")
