@@ -108,7 +108,7 @@ CASES = {
             "data.augment=[{_target_:liplayers.data.RandAugment},{_target_:liplayers.data.ColorJitter,brightness:0.4}]",
         ],
     ),
-    "lookahead": (17, ["optimizer=lookahead"]),
+    "lookahead": (17, ["optimizer=lookahead", "optimizer.sync=true", "optimizer.every=6"]),
     "counted in steps": (15, ["trainer.max_epochs=-1", "trainer.max_steps=30"]),
 }
 
@@ -147,10 +147,14 @@ def test_interrupted_run_goes_on_to_the_bits_of_the_whole_one(
     assert_identical(state(last), state(whole))
 
 
-def test_exception_while_the_average_is_in_place_does_not_swap_it_in_the_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+LOOKAHEAD = ["optimizer=lookahead", "optimizer.sync=true", "optimizer.every=7"]
+
+
+@pytest.mark.parametrize("arguments", [["ema_decay=0.9"], LOOKAHEAD])
+def test_exception_in_a_validation_does_not_swap_the_average_in_the_checkpoint_or_go_back_twice(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    whole = train(f"output={tmp_path}/whole", *RUN, "ema_decay=0.9")
+    whole = train(f"output={tmp_path}/whole", *RUN, *arguments)
 
     def fail(self: CertifiedClassifier, *_: Any) -> None:
         raise MemoryError
@@ -158,11 +162,20 @@ def test_exception_while_the_average_is_in_place_does_not_swap_it_in_the_checkpo
     with monkeypatch.context() as patch:
         patch.setattr(CertifiedClassifier, "validation_step", fail)
         with pytest.raises(MemoryError):
-            train(f"output={tmp_path}/part", *RUN, "ema_decay=0.9", "+trainer.num_sanity_val_steps=0")
+            train(f"output={tmp_path}/part", *RUN, *arguments, "+trainer.num_sanity_val_steps=0")
     last = train(f"resume={tmp_path}/part/checkpoints/interrupted.ckpt", f"output={tmp_path}/part")
     a, b = state(last), state(whole)
-    assert_identical(a["state_dict"], b["state_dict"])
-    assert_identical(a["current_model_state"], b["current_model_state"])
+    for key in {"state_dict", "optimizer_states", "current_model_state"} & a.keys():
+        assert_identical(a[key], b[key])
+
+
+def test_what_is_saved_at_the_end_of_an_epoch_are_lookaheads_slow_weights(tmp_path: Path):
+    content = torch.load(train(f"output={tmp_path}", *RUN, *LOOKAHEAD, "trainer.max_epochs=1"), weights_only=True)
+    (optimizer,) = content["optimizer_states"]
+    assert optimizer["steps"] == optimizer["synchronized"] == 10
+    weights = [value for name, value in content["state_dict"].items() if "preprocess" not in name]
+    assert len(weights) == len(optimizer["slow"])
+    assert all(map(torch.equal, weights, optimizer["slow"]))
 
 
 class Fatal:

@@ -325,6 +325,30 @@ def test_lookahead_is_its_formula():
     assert torch.allclose(quadratic(make, 11), x)
 
 
+def test_lookahead_synchronizes_once_between_two_steps_and_only_where_asked():
+    from liplayers.training import Lookahead
+
+    def make(x: torch.nn.Parameter, sync: bool) -> Lookahead:
+        return Lookahead([x], torch.optim.SGD, lr=0.1, every=3, alpha=0.4, sync=sync)
+
+    for sync, middle in ((True, 0.92), (False, 0.8)):  # φ = 1 − 0.4·0.2, or 1 − 0.2
+        x = torch.nn.Parameter(torch.tensor(1.0))
+        optimizer = make(x, sync)
+        optimizer.synchronize()
+        assert x.item() == 1
+        for _ in range(2):
+            x.grad = torch.tensor(1.0)
+            optimizer.step()
+        for _ in range(2):
+            optimizer.synchronize()
+            assert x.item() == pytest.approx(middle)
+        y = torch.nn.Parameter(x.detach().clone())
+        again = make(y, sync)
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        again.synchronize()
+        assert y.item() == x.item()
+
+
 @pytest.mark.parametrize("inner", [torch.optim.SGD, torch.optim.NAdam])
 def test_lookahead_goes_on_where_it_was_saved_and_is_the_inner_optimizer_for_alpha_one(inner):
     from liplayers.training import Lookahead
@@ -350,7 +374,7 @@ def test_lookahead_of_orthogonal_parameters_stays_on_the_manifold():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"every": 0}, {"every": 2.0}, {"alpha": 0}, {"alpha": 1.5}, {"alpha": float("nan")}]
+    "setting", [{"every": 0}, {"every": 2.0}, {"alpha": 0}, {"alpha": 1.5}, {"alpha": float("nan")}, {"sync": 1}]
 )
 def test_lookahead_names_a_bad_setting(setting):
     from liplayers.training import Lookahead

@@ -31,6 +31,7 @@ from liplayers.files import held, whole_file
 from liplayers.text import one_line
 from liplayers.training import (
     CertifiedClassifier,
+    LookaheadSync,
     MovedRun,
     ProgressBar,
     SaveWhenInterrupted,
@@ -216,7 +217,13 @@ def _trainer(cfg: DictConfig, output: Path, callbacks: list[Callback], shown: di
     checkpoints = output / "checkpoints"
     # of every epoch, better or not, validated or not
     last = ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-    callbacks = [*callbacks, last, Throughput(), MovedRun()]  # the best before the last, which holds what the best is
+    callbacks = [
+        *callbacks,
+        last,
+        LookaheadSync(),
+        Throughput(),
+        MovedRun(),
+    ]  # the best before the last, which holds what the best is
     if cfg.ema_decay is not None:
         callbacks.insert(0, WeightEMA(cfg.ema_decay))  # first, to put the weights back where training is interrupted
     if cfg.save_every_steps is not None:

@@ -4,6 +4,7 @@ from liplayers.extras import extra
 
 with extra("train"):
     from liplayers.training.callbacks import EpsilonRamp as EpsilonRamp
+    from liplayers.training.callbacks import LookaheadSync as LookaheadSync
     from liplayers.training.callbacks import ProgressBar as ProgressBar
     from liplayers.training.callbacks import SaveWhenInterrupted as SaveWhenInterrupted
     from liplayers.training.callbacks import Stopped as Stopped

@@ -15,8 +15,18 @@ from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, RichProg
 
 from liplayers.errors import ArgumentError, ConfigError
 from liplayers.losses import RadiusLoss
+from liplayers.training.lookahead import Lookahead
 
-__all__ = ["EpsilonRamp", "ProgressBar", "SaveWhenInterrupted", "Stopped", "Throughput", "ValidateAtEnd", "WeightEMA"]
+__all__ = [
+    "EpsilonRamp",
+    "LookaheadSync",
+    "ProgressBar",
+    "SaveWhenInterrupted",
+    "Stopped",
+    "Throughput",
+    "ValidateAtEnd",
+    "WeightEMA",
+]
 
 
 class ProgressBar(RichProgressBar):
@@ -174,6 +184,19 @@ class WeightEMA(EMAWeightAveraging):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._swapped:  # the checkpoint of an interrupted run would take one for the other
             self.on_validation_epoch_end(trainer, pl_module)
+
+
+class LookaheadSync(L.Callback):
+    """Lets `Lookahead(sync=True)` go to its slow weights before each validation and at the end of each epoch."""
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.on_train_epoch_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, Lookahead):
+                optimizer.synchronize()
 
 
 class Throughput(L.Callback):
