@@ -313,6 +313,26 @@ def quadratic(make, steps: int, resume_at: int | None = None) -> torch.Tensor:
     return x.detach()
 
 
+def test_kernel_decay_is_keras_penalty_on_kernels_alone():
+    from liplayers.training import kernel_decay
+
+    torch.manual_seed(0)
+    ours = torch.nn.Linear(4, 3)
+    theirs = copy.deepcopy(ours)
+    x = torch.randn(5, 4)
+    optimizers = [
+        kernel_decay(ours.parameters(), partial(torch.optim.SGD, momentum=0.9), lr=0.1, weight_decay=2 * 0.3),
+        torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9),
+    ]
+    for _ in range(3):
+        for model, optimizer, penalty in zip((ours, theirs), optimizers, (0.0, 0.3), strict=True):
+            optimizer.zero_grad()
+            (model(x).square().mean() + penalty * model.weight.square().sum()).backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    torch.testing.assert_close(ours.bias, theirs.bias)
+
+
 def test_lookahead_is_its_formula():
     from liplayers.training import Lookahead
 

@@ -11,6 +11,7 @@ with extra("train"):
     from liplayers.training.callbacks import Throughput as Throughput
     from liplayers.training.callbacks import ValidateAtEnd as ValidateAtEnd
     from liplayers.training.callbacks import WeightEMA as WeightEMA
+    from liplayers.training.decay import kernel_decay as kernel_decay
     from liplayers.training.lookahead import Lookahead as Lookahead
     from liplayers.training.manifold import ManifoldAdamW as ManifoldAdamW
     from liplayers.training.manifold import ManifoldMuon as ManifoldMuon
