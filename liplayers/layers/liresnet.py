@@ -26,7 +26,9 @@ class LiResNetBlock(RescaledLinear):
 
     Args:
         features: size of input and output.
-        bias, device, dtype: as in `torch.nn.Linear`.
+        bias: whether b is there.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (*, features) → the same.
@@ -71,9 +73,12 @@ class LiResNetConv2dBlock(RescaledConv2d):
     frequencies; it runs one plain convolution.
 
     Args:
-        channels: of input and output.
-        kernel_size: odd, so that the image keeps its size with padding (k − 1)/2.
-        bias, padding_mode, device, dtype: as in `torch.nn.Conv2d`; "zeros" or "circular".
+        channels: channels of input and output.
+        kernel_size: size of the kernel in pixels; odd, so that the image keeps its size with padding (k − 1)/2.
+        bias: whether b is there.
+        padding_mode: what surrounds the image, "zeros" or "circular".
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (N, channels, H, W) → the same.

@@ -29,10 +29,19 @@ class LOTConv2d(FourierConv2d):
     5 or 6 iterations for well-conditioned P; the dense layer of this map is `BjorckLinear`.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, bias, padding_mode, device, dtype: as in
-            `torch.nn.Conv2d`; padding_mode "zeros" or "circular"; a stride acts by pixel-unshuffling, with the kernel
-            ⌈k/s⌉ on the unshuffled image.
-        iterations: of the scaled Newton–Schulz recurrence, at most; it stops when it has converged.
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: an integer or a pair; it acts by pixel-unshuffling, with the kernel ⌈k/s⌉ on the unshuffled image.
+        padding: pixels around the image on each side, an integer or a pair; "same" (with stride 1 only) or "valid"
+            (none).
+        dilation: 1, the only value of this family.
+        groups: 1, the only value of this family.
+        bias: whether b is there.
+        padding_mode: what the padding holds, "zeros" or "circular".
+        device: of the parameters.
+        dtype: of the parameters.
+        iterations: steps of the scaled Newton–Schulz recurrence, at most; it stops when it has converged.
 
     Shape:
         (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.

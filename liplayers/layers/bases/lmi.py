@@ -174,7 +174,15 @@ class LMIBlock(ParametrizedModule, abstract=True):
 
 
 class DenseLMIBlock(LMIBlock, abstract=True):
-    """Base of the dense forms."""
+    """Base of the dense forms.
+
+    Args:
+        features: size of each input.
+        hidden_features: d_1 … d_n, one integer or several; default `out_features`.
+        out_features: size of each output; default `features`.
+        activation: one that the proof of the family covers; default ReLU.
+        lipschitz: 𝓛, above 0.
+    """
 
     def __init__(
         self,
@@ -236,6 +244,16 @@ class Conv2dLMIBlock(LMIBlock, abstract=True):
     cropping are contractions. As the activation acts on each pixel, the multipliers are the same at all frequencies,
     and the sum of the forms over the frequencies is the form of the whole. Parameters and bound do not depend on the
     size of the image.
+
+    Args:
+        channels: channels of the image.
+        hidden_channels: channels of w_1 … w_n, one integer or several; default `out_channels`.
+        out_channels: channels of the output; default `channels`.
+        kernel_size: size of the raw kernels in pixels, odd.
+        stride: an integer; it acts by pixel-unshuffling: the output has ⌈H/s⌉ × ⌈W/s⌉ pixels.
+        padding_mode: what surrounds the image, "zeros" or "circular".
+        activation: one that the proof of the family covers; default ReLU.
+        lipschitz: 𝓛, above 0.
     """
 
     def __init__(
