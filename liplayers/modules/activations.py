@@ -237,7 +237,8 @@ class Householder(ParametrizedModule):
         channels: C.
         order: the number of folds.
         dim: the channel dimension.
-        device, dtype: of the parameter `theta`, (order, ⌊C/2⌋).
+        device: of the parameter `theta`.
+        dtype: of the parameter `theta`.
 
     Shape:
         any with C channels, unchanged.
@@ -300,7 +301,13 @@ class Householder(ParametrizedModule):
 
 
 class FrozenHouseholder(LipschitzModule):
-    """`Householder` with its mirrors v as a buffer, (order, 2, ⌊C/2⌋); its bound is max(1, 2‖v‖² − 1) for each fold."""
+    """`Householder` with its mirrors v as a buffer, (order, 2, ⌊C/2⌋); its bound is max(1, 2‖v‖² − 1) for each fold.
+
+    Args:
+        mirrors: v, (order, 2, ⌊C/2⌋).
+        channels: C.
+        dim: the channel dimension.
+    """
 
     mirrors: Tensor
 

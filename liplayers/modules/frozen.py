@@ -351,6 +351,12 @@ class FrozenResidualBlock(_FrozenBlock):
     Its bound is proven for W and V as they are. With S = diag(s), V = SW + E, κ = ‖S^½W‖²/2 and slopes in [0, 1], the
     spectrum of I − WᵀSDW is in [1 − 2κ, 1], so that L ≤ max(1, 2κ − 1) + ‖T⁻¹E‖‖TW‖ for any diagonal T > 0, for zero
     and circular padding. T is S^½ to a power of two, which multiplies exactly.
+
+    Args:
+        inner: W and b, one nn.Linear or nn.Conv2d.
+        activation: entrywise with slopes in [0, 1].
+        outgoing: −Vᵀ, of the same type.
+        skip: nn.Identity.
     """
 
     def check_parts(self) -> None:
@@ -418,9 +424,11 @@ class FrozenLMIBlock(_FrozenBlock):
     """A block that multipliers Λ_l prove by a linear matrix inequality: Sandwich, LBDN, LDLT, Gershgorin.
 
     Args:
-        inner, outgoing, skip: nn.Linear, or `FrozenFourierConv2d` on one grid, where the inequality is shown at each
-            frequency.
+        inner: the maps to the hidden layers: nn.Linear, or `FrozenFourierConv2d` on one grid, where the inequality is
+            shown at each frequency.
         activation: with channels in dimension 1.
+        outgoing: B, of the same type.
+        skip: A, of the same type; None for none.
         multipliers: the diagonals of Λ_l, kept in float64 as `multiplier_1`, …; they prove and do not run.
         lipschitz: 𝓛, what the weights were made for.
         sector: the slopes that they were made for.
@@ -510,7 +518,12 @@ def _matrices(layer: nn.Module) -> Tensor:
 
 
 class FrozenResidual(Container):
-    """y = (1 − α)x + α·f(x), α a buffer: `ConvexResidual`."""
+    """y = (1 − α)x + α·f(x), α a buffer: `ConvexResidual`.
+
+    Args:
+        branch: f, which keeps the shape of its input.
+        alpha: α, one number in (0, 1).
+    """
 
     alpha: Tensor
 

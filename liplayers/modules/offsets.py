@@ -22,7 +22,8 @@ class PositionEmbedding(LipschitzModule):
 
     Args:
         shape: of one input without the batch dimension, (C, H, W) for an image.
-        device, dtype: of the parameter `position`.
+        device: of the parameter `position`.
+        dtype: of the parameter `position`.
 
     Shape:
         (N, *shape) → the same.
@@ -87,7 +88,8 @@ class BatchCentering(LipschitzModule):
     Args:
         channels: C.
         momentum: the weight of the newest batch, in [0, 1].
-        device, dtype: of the buffer `running_mean`.
+        device: of the buffer `running_mean`.
+        dtype: of the buffer `running_mean`.
 
     Shape:
         (N, C, *) → the same.
