@@ -35,8 +35,20 @@ def boundary_points(
     between them is halved in float64, and the label's end kept after each of `HALVINGS`. Inputs from which nothing is
     found, or whose label is not predicted, give no points.
 
+    Args:
+        model: in evaluation mode and float64.
+        inputs: (N, *shape), float64, to start from.
+        labels: (N,), the true classes.
+        seed: of the random numbers.
+        batch_size: samples in a batch.
+
     Returns:
-        points (M, *shape) and labels (M,); M may be 0. Errors as in `pgd`.
+        points (M, *shape) and labels (M,); M may be 0.
+
+    Raises:
+        ArgumentError: a model in training mode or not in float64, labels that are no classes.
+        ShapeError: tensors of another shape, or labels that are not int64.
+        DataError: no samples, or inputs that are not finite.
 
     >>> model = nn.Linear(2, 2).double().eval()
     >>> x = torch.rand(4, 2).double()
@@ -87,7 +99,22 @@ def rounding_attack(
     """Looks in tiny balls for any float64 point of another class: what rounding errors alone may bring about.
 
     Tries points at and just below the radius along the gradient of the margin, with and without noise, in random
-    directions, and changes of single units in the last place. Errors as in `pgd`.
+    directions, and changes of single units in the last place.
+
+    Args:
+        model: in evaluation mode and float64.
+        points: (N, *shape), float64, the centres of the balls.
+        labels: (N,), the true classes.
+        radius: (N,), float64, one for each sample; what lies beyond 1e6·max(1, ‖x‖) is not searched.
+        trials: points that are tried for each centre.
+        seed: of the random numbers.
+        batch_size: samples in a batch.
+
+    Raises:
+        ArgumentError: a model in training mode or not in float64, labels that are no classes, a radius that is negative
+            or NaN.
+        ShapeError: tensors of another shape; labels that are not int64, or a radius that is not float64.
+        DataError: no samples, or inputs that are not finite.
 
     >>> model = nn.Linear(2, 2).double().eval()
     >>> x = torch.rand(4, 2).double()
