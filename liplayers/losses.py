@@ -171,7 +171,8 @@ def hkr(logits: Tensor, target: Tensor, hinge: float, margin: float) -> Tensor:
         mean(f_k | y ≠ k) − mean(f_k | y = k) + λ·mean relu(m − s_k·f_k),   s_k = 1 where y = k, else −1
 
     The first two terms are −W₁, estimated by a 1-Lipschitz f_k: they are left out for a class that all samples of the
-    batch have, or none. It is the paper's multi-class loss divided by K. Of several processes each takes its own means.
+    batch have, or none. It is the paper's multi-class loss divided by K. With several processes, each takes its own
+    means.
 
     Args:
         logits: (N, K).

@@ -393,8 +393,8 @@ def _runs(
 def headroom(model: nn.Module, inputs: Tensor, labels: Tensor, *, batch_size: int = 256) -> Tensor:
     """min_{j≠y} m_j/‖∇m_j(x)‖, the distance to the boundary of the model linearised at x, (N,); m_j = f_y − f_j.
 
-    What a local method could certify at most, about: an estimate, not a certificate. Where the label is not predicted
-    it is 0.
+    An estimate of what a local method could certify at most, not a certificate. Where the label is not predicted it is
+    0.
 
     Args:
         model: in evaluation mode and float64.
@@ -438,7 +438,7 @@ def linear_distances(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor
 
 
 def gradient_of(value: Tensor, x: Tensor, keep: bool = False) -> Tensor:
-    """Of each row's value; zero where the value does not depend on x."""
+    """The gradient of each row's value; zero where the value does not depend on x."""
     if not value.requires_grad:
         return torch.zeros_like(x)
     return torch.autograd.grad(value.sum(), x, retain_graph=keep, materialize_grads=True)[0]

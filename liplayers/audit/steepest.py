@@ -1,4 +1,4 @@
-"""Lower bounds of Lipschitz constants: the steepest difference quotient found, to be at most what is proven."""
+"""Lower bounds of Lipschitz constants: the steepest difference quotient found. It must not exceed what is proven."""
 
 from __future__ import annotations
 

@@ -48,14 +48,14 @@ __all__ = [
 def lipschitz_bound(model: nn.Module, input_shape: Shape | None = None) -> float:
     """A proven upper bound on the ℓ2 Lipschitz constant of `model`.
 
+    The bound is for the mode, training or evaluation, that the model is in, and for the weights as they run: inside
+    autocast, rounded to its dtype.
+
     Args:
         model: any module whose parts are known.
         input_shape: of one input, without the batch dimension. Needed where a bound depends on the image size, and
             where a forward method has to be traced; the model is then run once on zeros, which also shows that it
             accepts that shape, and a copy of it on random inputs where there is a trace to compare with.
-
-    The bound is for the mode, training or evaluation, that the model is in, and for the weights as they run: inside
-    autocast, rounded to its dtype.
 
     Raises:
         UnknownBoundError: parts without a known bound, or changed by a hook, or whose trace is not what they compute.
@@ -185,7 +185,7 @@ def head_splitter(model: nn.Module, input_shape: Shape | None = None) -> Callabl
 
 @dataclass(frozen=True)
 class ClassifierBounds:
-    """Everything that one walk over a classifier proves.
+    """Everything that is proven in one walk over a classifier.
 
     Attributes:
         split: the body with its bound, and the head.

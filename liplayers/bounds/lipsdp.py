@@ -157,7 +157,7 @@ def _package(name: str) -> Any:
 
 
 def _above(x: float, roundings: int) -> float:
-    """At least the exact value of what was computed as x, a nonnegative expression, by so many roundings."""
+    """An upper bound of a nonnegative expression that was computed as x with so many roundings."""
     return math.nextafter(_up(x, roundings), math.inf)
 
 

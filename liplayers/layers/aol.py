@@ -1,6 +1,6 @@
 """AOL, almost-orthogonal layers: a contraction by rescaling each input (Prach & Lampert 2022, arXiv 2208.03160).
 
-Differs from the paper in three points: the shorter side of the matrix is rescaled (the paper always takes the
+It differs from the paper in three points: the shorter side of the matrix is rescaled (the paper always takes the
 inputs), strided kernels are rescaled in their polyphase form, which is tighter, and columns of zeros give zeros.
 """
 
@@ -80,8 +80,8 @@ class AOLLinear(LipschitzLinear):
 class AOLConv2d(KernelConv2d):
     r"""Convolution, a contraction: each input channel (and stride phase) is divided by √(Σ_j Σ_lags |K*K|_ij).
 
-    Holds for zero padding of any width, minimal circular padding, every stride, dilation and group count. Where the
-    outputs are fewer than the inputs (times the stride's area) they are rescaled instead. Signal gain at
+    The bound holds for zero padding of any width, minimal circular padding, every stride, dilation and group count.
+    Where the outputs are fewer than the inputs (times the stride's area) they are rescaled instead. Signal gain at
     initialisation is 1 (one orthogonal tap). Cost: one autocorrelation of the kernel.
 
     Args:

@@ -4,7 +4,7 @@ BCOP composes an orthogonal matrix with pairs of complementary projectors, one s
 arXiv 1911.00937). AOC composes such a kernel with one of stride s and size s, whose matrix is orthogonal, which gives
 strides, dilation and groups natively (Boissin et al. 2025, arXiv 2501.08120).
 
-Differs from the public code: orthogonal matrices and projectors come from Cholesky factorisations in float64 instead
+It differs from the public code: orthogonal matrices and projectors come from Cholesky factorisations in float64 instead
 of a few Björck iterations, and the raw parameters start where the kernel is a single orthogonal tap.
 """
 

@@ -1,6 +1,6 @@
 """Björck orthonormalisation: the polar factor by Newton–Schulz (Anil, Lucas & Grosse 2019, arXiv 1811.05381).
 
-Differs from the public code: P is divided by a proven bound of its norm, so that every number of iterations gives a
+It differs from the public code: P is divided by a proven bound of its norm, so that every number of iterations gives a
 contraction, and each step is scaled for the fastest worst case.
 """
 

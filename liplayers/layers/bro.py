@@ -1,6 +1,6 @@
 """BRO, block reflector orthogonal layers (Lai et al. 2025, arXiv 2505.15174).
 
-Differs from the public code: the factorisation runs in float64 with columns normalised first, strides act by
+It differs from the public code: the factorisation runs in float64 with columns normalised first, strides act by
 pixel-unshuffling, rectangular layers start from a Gaussian rather than a quasi-residual factor, which would begin by
 dropping the last inputs, and the noise of the start is the same at every depth of a network.
 """

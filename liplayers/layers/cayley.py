@@ -1,6 +1,6 @@
 """Orthogonal layers by the Cayley transform, dense and per frequency (Trockman & Kolter 2021, arXiv 2104.07167).
 
-Differs from the public code in that the half spectrum is enough, odd and non-square images work, zero padding is
+It differs from the public code in that the half spectrum is enough, odd and non-square images work, zero padding is
 offered, and what rounding leaves beyond norm 1 (much, once the gain is large) is divided away.
 """
 

@@ -1,6 +1,6 @@
 """Orthogonal layers by Cholesky factorisation, W = L⁻¹P with LLᵀ = PPᵀ (Hu et al. 2024, arXiv 2310.02513).
 
-Differs from the public code: the factorisation runs in float64 on rows of unit norm, with a ridge of a few roundings
+It differs from the public code: the factorisation runs in float64 on rows of unit norm, with a ridge of a few roundings
 only, and a convolution per frequency is offered, too.
 """
 

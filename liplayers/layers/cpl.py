@@ -1,6 +1,6 @@
 """CPL, convex potential layers: residual gradient steps (Meunier et al. 2022, arXiv 2110.12690).
 
-Differs from the public code in that ‖W‖ is a proven upper bound (Gram iteration; for convolutions on the symbol)
+It differs from the public code in that ‖W‖ is a proven upper bound (Gram iteration; for convolutions on the symbol)
 instead of a power iteration, which estimates from below.
 """
 

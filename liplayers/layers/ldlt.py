@@ -1,9 +1,10 @@
 """LDLT networks: weights from a block LDLᵀ factorisation of the Lipschitz LMI (Juston et al. 2025, arXiv 2512.05915).
 
-Differs from the public code, whose residual form reaches 1.36 to 1.58 times its promise and whose sequential form holds
-for 𝓛 = 1 only. Skip and last weight are chosen together, after the inner weights: so all that strictly satisfies the
-LMI is reached (within limits that float64 sets), SLL blocks and sandwich layers among them. Any 𝓛, any range of slopes
-(widened to hold 0), learned multipliers; factorisations are in float64, and the bound is proven for what runs.
+It differs from the public code, whose residual form reaches 1.36 to 1.58 times its promise and whose sequential form
+holds for 𝓛 = 1 only. Skip and last weight are chosen together, after the inner weights, so everything that strictly
+satisfies the LMI is reached (within limits that float64 sets), SLL blocks and sandwich layers among them. It takes any
+𝓛 and any range of slopes (widened to hold 0), and learns the multipliers. Factorisations are in float64, and the bound
+is proven for what runs.
 """
 
 from __future__ import annotations
@@ -217,8 +218,8 @@ class LDLTConv2dBlock(Conv2dLMIBlock):
         (N, channels, H, W) → (N, out_channels, ⌈H/s⌉, ⌈W/s⌉).
 
     Raises:
-        ArgumentError: sizes below 1, 𝓛 that is not positive, an activation without known slopes, an even kernel, another
-            padding mode.
+        ArgumentError: sizes below 1, 𝓛 that is not positive, an activation without known slopes, an even kernel,
+            another padding mode.
         ShapeError: at call, another number of channels; circular padding with a stride that does not divide the image.
 
     Source: Juston et al. 2025, arXiv 2512.05915, for dense blocks; per frequency, as in Wang & Manchester 2023,

@@ -1,6 +1,6 @@
 """LiResNet's linear residual block: (I + conv)x as one convolution (Hu et al. 2023, arXiv 2301.12549).
 
-Differs from the public code in that the whole, identity included, is divided by a proven bound of its norm.
+It differs from the public code in that the whole, identity included, is divided by a proven bound of its norm.
 """
 
 from __future__ import annotations

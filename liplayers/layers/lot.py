@@ -1,6 +1,6 @@
 """LOT, layer-wise orthogonal training: the polar factor at each frequency (Xu et al. 2022, arXiv 2210.11620).
 
-Differs from the public code: half the spectrum, float32, a scaled iteration on the matrix itself rather than one on
+It differs from the public code: half the spectrum, float32, a scaled iteration on the matrix itself rather than one on
 the inverse square root of its Gram matrix (which squares the condition number), and a contraction however few steps
 are made.
 """

@@ -1,6 +1,6 @@
 """Norm-rescaled layers, W = P/‖P‖⁺: the stem and convolutions of LiResNet (Hu et al. 2023, arXiv 2301.12549).
 
-Differs from the public code in that ‖P‖⁺ is a proven upper bound, by Gram iteration (Delattre et al. 2023, arXiv
+It differs from the public code in that ‖P‖⁺ is a proven upper bound, by Gram iteration (Delattre et al. 2023, arXiv
 2305.16173; 2024, arXiv 2402.03240), for convolutions on the symbol, so that it holds for every image size and for
 zero and circular padding; power iteration estimates from below.
 """
@@ -76,8 +76,8 @@ class RescaledConv2d(KernelConv2d):
     r"""Convolution, a contraction: K/‖K‖⁺, ‖K‖⁺ a proven bound for all image sizes, each group by its own.
 
     The bound is the largest norm of the symbol on a grid, by Gram iteration, times what it may gain between the
-    points (4 %), or the row-sum bound where that is less. With stride the polyphase kernel is bounded. Holds for zero
-    padding of any width, minimal circular padding, every stride, dilation and group count. Signal gain at
+    points (4 %), or the row-sum bound where that is less. With stride the polyphase kernel is bounded. It holds for
+    zero padding of any width, minimal circular padding, every stride, dilation and group count. Signal gain at
     initialisation is 1 (one orthogonal tap). Cost: Gram iteration at 8(k − 1) × 8(k − 1) frequencies.
 
     Args:

@@ -1,6 +1,6 @@
 """RKO, reshaped kernel orthogonalisation (Serrurier et al. 2021, arXiv 2006.06520).
 
-Differs from the public code: the kernel matrix is orthogonalised exactly, by Cholesky factorisation in float64, and
+It differs from the public code: the kernel matrix is orthogonalised exactly, by Cholesky factorisation in float64, and
 divided by the least of three proven bounds rather than by the overlap factor alone, which is up to k too large.
 """
 

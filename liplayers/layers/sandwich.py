@@ -1,6 +1,6 @@
 """Sandwich layers and LBDN, Lipschitz-bounded deep networks (Wang & Manchester 2023, arXiv 2301.11526).
 
-Differs from the public code: Ψ is limited, so that Ψ and Ψ⁻¹ are both numbers of the layer's dtype, A and B start
+It differs from the public code: Ψ is limited, so that Ψ and Ψ⁻¹ are both numbers of the layer's dtype, A and B start
 at equal size, and the bound is proven again for the weights that run.
 """
 

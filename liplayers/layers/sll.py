@@ -1,6 +1,6 @@
 """SLL, SDP-based Lipschitz layers: residual blocks with a diagonal multiplier (Araujo et al. 2023, arXiv 2303.03169).
 
-Differs from the public code: the ratio q_j/q_i is formed from its logarithm, with no ε on one side, hidden units are
+It differs from the public code: the ratio q_j/q_i is formed from its logarithm, with no ε on one side, hidden units are
 normalised first, and those of weight zero drop out instead of dividing by zero.
 """
 

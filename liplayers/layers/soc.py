@@ -1,6 +1,6 @@
 """Matrix exponentials of skew maps, dense and SOC convolutions (Singla & Feizi 2021, arXiv 2105.11417).
 
-Differs from the public code: the series is not the truncated Taylor series, which exceeds norm 1, but a polynomial
+It differs from the public code: the series is not the truncated Taylor series, which exceeds norm 1, but a polynomial
 that is proven to stay below it and is closer with fewer terms; the norm of the skew kernel is a proven bound; with
 circular padding the exponential is taken at each frequency.
 """

@@ -1,6 +1,6 @@
 """Containers and affine layers with a known effect on the Lipschitz constant; `nn.Sequential` is known as it is.
 
-A container states by `compose_bounds` how the bounds of its branches combine; `liplayers.lipschitz_bound` walks.
+A container states by `compose_bounds` how the bounds of its branches combine; `liplayers.lipschitz_bound` asks it.
 """
 
 from __future__ import annotations

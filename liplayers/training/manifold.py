@@ -192,8 +192,8 @@ class ManifoldMuon(ManifoldOptimizer):
         betas: AdamW's, for other parameters.
         eps: AdamW's ε, for other parameters.
         weight_decay: AdamW's, for other parameters; there is no weight decay on the manifold.
-        bfloat16: for the products, but for the one that finds the distance from the manifold; processors without such
-            products are faster without.
+        bfloat16: whether the products run in bfloat16, except the one that finds the distance from the manifold;
+            processors without such products are faster with False.
 
     Raises:
         ArgumentError: a setting out of range.

@@ -189,8 +189,8 @@ class KernelConv2d(LipschitzConv2d, abstract=True):
 class LipschitzConvTranspose2d(LipschitzModule):
     """The adjoint of a convolution of `family`, with the arguments of `torch.nn.ConvTranspose2d`.
 
-    The adjoint of a contraction is one; output_padding only adds positions of the larger image that it is the adjoint
-    on. The raw parameters are those of the convolution from out_channels to in_channels, held as `adjoint`.
+    The adjoint of a contraction is a contraction. output_padding only enlarges the image that the convolution would
+    take. The raw parameters are those of the convolution from out_channels to in_channels, held as `adjoint`.
 
     Args:
         in_channels: channels of the image.
@@ -248,7 +248,7 @@ class LipschitzConvTranspose2d(LipschitzModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As the convolution's; no bias."""
+        """Start as the convolution does, without a bias."""
         self.adjoint.reset_parameters()
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -271,7 +271,7 @@ class LipschitzConvTranspose2d(LipschitzModule):
         self.assign_weight(weight)
 
     def assign_weight(self, weight: Tensor) -> float:
-        """As the convolution's."""
+        """Start from a dense weight, as the convolution does."""
         return self.adjoint.assign_weight(weight)
 
     def forward(self, x: Tensor) -> Tensor:

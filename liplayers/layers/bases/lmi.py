@@ -1,7 +1,8 @@
 """What the networks designed by a linear matrix inequality share: w_l = σ(C_l w_{l−1} + b_l), y = A x + B w_n + b.
 
 A family states its explicit weights, with the multipliers that prove them, as a function of raw parameters. Here they
-are shrunk by what rounding to the layer's dtype can cost, run, and their bound is proven again for those that run.
+are shrunk by what rounding to the layer's dtype can cost, and then they run. Their bound is proven again for the
+weights that run.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class LMIBlock(ParametrizedModule, abstract=True):
         """Orthogonal matrices for the hidden layers, of singular values `gain`.
 
         Those after the first `ROTATED` are `kept` times the identity, which has to stand for C_l = I, where they are
-        square and the slopes in [0, β]: what has passed one ReLU passes the others unchanged, where rotations would
+        square and the slopes are in [0, β]. What has passed one ReLU then passes the others unchanged. Rotations would
         leave 2^(−n/2) of it after n layers.
         """
         for i, matrix in enumerate(matrices):

@@ -162,5 +162,5 @@ class Conv2dBlock(ResidualBlock, abstract=True):
 
 
 def adjoint_kernel(kernel: Tensor) -> Tensor:
-    """Of the adjoint of a convolution of odd size that keeps the image's: flipped and transposed."""
+    """The kernel of the adjoint, flipped and transposed, for an odd kernel that keeps the image's size."""
     return rearrange(kernel, "h c a b -> c h a b").flip(-2, -1)
