@@ -24,7 +24,7 @@ nightly: .venv/installed lint
 
 # the tests that compute, in the arithmetic of other processors; the rest is about files, commands and plots
 NOT_NUMERICAL := data tabular uci front docs notebooks benchmarks compare training resume recipes \
-  trust_data trust_training trust_commands manual
+  trust_data trust_training trust_commands manual extras
 NUMERICAL := tests -m "not slow" -q $(NOT_NUMERICAL:%=--ignore=tests/test_%.py)
 
 portability: .venv/installed

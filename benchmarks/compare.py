@@ -47,8 +47,7 @@ from liplayers import FAMILIES, MaxMin, Normalize, NormalizedLinear, PadChannels
 from liplayers.certification import Certificates, CertifiedNetwork, certify, parse_radius
 from liplayers.certification.report import figure_writer, json_writer, text_writer, write_outputs
 from liplayers.core.checks import check_positive
-from liplayers.data.base import Split
-from liplayers.data.folder import ImageFolderData
+from liplayers.data import DataModule, ImageFolder, Split
 from liplayers.errors import ArgumentError, DataError, LipschitzError, NonFiniteError, UnknownNameError
 from liplayers.losses import OffsetCrossEntropy
 from liplayers.training import ManifoldAdamW, warmup_cosine
@@ -123,8 +122,7 @@ class Images:
 
 def read_images(root: Path, image_size: int) -> Images:
     """The images of a folder, a tenth of the training images set apart for validation."""
-    data = ImageFolderData(root, image_size)
-    data.setup()
+    data = DataModule(ImageFolder(root, image_size))
     return Images(data.name, data.split("train"), data.split("val"), data.split("test"), data.num_classes)
 
 

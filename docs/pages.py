@@ -33,7 +33,8 @@ def modules() -> list[ModuleType]:
 def public_names(module: ModuleType) -> list[str]:
     """`__all__`, or the documented classes and functions that a module defines or a package passes on."""
     if hasattr(module, "__all__"):
-        return list(module.__all__)
+        named = ((name, getattr(module, name)) for name in module.__all__)
+        return [name for name, value in named if inspect.isclass(value) or inspect.isroutine(value)]
     package = hasattr(module, "__path__")
     return [
         name

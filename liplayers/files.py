@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from liplayers.errors import OutputError
+from liplayers.extras import extra
+
+with extra("train"):
+    from filelock import FileLock, Timeout
 
 __all__ = ["held", "save_tensors", "whole_file"]
 

@@ -25,9 +25,10 @@ from liplayers.audit.attack import (
     nearest_classes,
     pgd,
 )
-from liplayers.audit.audit import Audit, RobustAccuracy, audit, audit_figure, audit_table
+from liplayers.audit.audit import Audit, RobustAccuracy, audit
 from liplayers.audit.ball import distance, project
 from liplayers.audit.boundary import HALVINGS, boundary_points, rounding_attack
+from liplayers.audit.report import audit_figure, audit_table
 from liplayers.audit.steepest import lipschitz_lower_bound, margin_ratio_lower_bound
 from liplayers.bounds.rounding import RoundingAnalysis
 from liplayers.certification import certified_radius
@@ -701,8 +702,7 @@ def test_the_summary_is_plain_json():
     assert summary["fallen"][0].keys() == {"kind", "index", "label", "radius", "distance", "alone"}
 
 
-def test_a_console_gets_a_progress_bar():
-    console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    audited(orthogonal(), eps=[], steps=2, samples=8, console=console)
-    assert "auditing" in console.file.getvalue()
-    assert "4/4" in console.file.getvalue()
+def test_the_stages_are_counted():
+    done: list[tuple[int, int]] = []
+    audited(orthogonal(), eps=[], steps=2, samples=8, progress=lambda *counts: done.append(counts))
+    assert done == [(stage, 4) for stage in range(5)]

@@ -139,7 +139,9 @@ def test_certificates_agree_over_batch_sizes():
     images, labels = batch()
     whole = certify(network(), [(images, labels)])
     halves = [(images[:3], labels[:3]), (images[3:], labels[3:])]
-    parts = certify(network(), halves)
+    done: list[int] = []
+    parts = certify(network(), halves, progress=done.append)
+    assert done == [3, 8]
     assert torch.allclose(whole.radius, parts.radius, rtol=1e-12)
     assert torch.equal(whole.label, parts.label)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from benchmarks import compare
 from benchmarks.compare import Method, Recipe, Training, all_methods, generated_images, main
 from liplayers import FAMILIES, MaxMin, lipschitz_bound
-from liplayers.data.base import Split
+from liplayers.data import Split
 from liplayers.errors import DataError, NonFiniteError
 from liplayers.losses import OffsetCrossEntropy
 from liplayers.training import warmup_cosine

@@ -1,4 +1,4 @@
-"""Tables: the UCI folders, CSV and parquet files, standardisation by the training rows, and what a radius means."""
+"""Tables: CSV and parquet files, standardisation by the training rows, and what a radius means."""
 
 from __future__ import annotations
 
@@ -25,8 +25,16 @@ from torch import nn
 
 from liplayers import cli
 from liplayers.certification import Certificates, CertifiedNetwork, certify, report
-from liplayers.data import DataModule, Loaded, Split, TableData, UCIData, read_uci, uci_names, validate_inputs
-from liplayers.errors import ArgumentError, ConfigError, DataError, DataNotFoundError, ShapeError, UnknownNameError
+from liplayers.data import DataModule, Loaded, Source, Split, Table, validate_inputs
+from liplayers.errors import (
+    ArgumentError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DataNotFoundError,
+    ShapeError,
+    UnknownNameError,
+)
 from liplayers.models import lipconvnet, mlp
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -40,160 +48,6 @@ def fails(kind: type[Exception], call: Callable[[], object], *parts: object) -> 
     assert "\n" not in message
     for part in parts:
         assert str(part) in message, f"{part!r} not in {message!r}"
-
-
-# --- UCI folders ----------------------------------------------------------------------------------------------------
-
-ROWS = 12
-
-
-def uci_files() -> dict[str, list[list[object]]]:
-    draw = np.random.default_rng(0)
-    test = np.arange(ROWS)[:, None] % 4 == np.arange(2)
-    validation = np.arange(ROWS)[:, None] % 4 == np.arange(2) + 2
-    return {
-        "toy_py": draw.normal(size=(ROWS, 3)).round(4).tolist(),
-        "labels_py": [[row % 3] for row in range(ROWS)],
-        "folds_py": test.astype(int).tolist(),
-        "validation_folds_py": validation.astype(int).tolist(),
-    }
-
-
-def write_uci(root: Path, files: dict[str, list[list[object]]]) -> Path:
-    (root / "toy").mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        (root / "toy" / f"{name}.dat").write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
-    return root
-
-
-def test_uci_set_is_read_as_written_from_the_folder_or_its_parent(tmp_path: Path) -> None:
-    files = uci_files()
-    write_uci(tmp_path / "uci121", files)
-    (tmp_path / "uci121" / "notes").mkdir()
-    for root in (tmp_path, tmp_path / "uci121", str(tmp_path)):
-        assert uci_names(root) == ("toy",)
-        data = read_uci(root, "toy")
-        assert (data.name, data.class_names) == ("toy", ("0", "1", "2"))
-        assert torch.equal(data.features, torch.tensor(files["toy_py"], dtype=torch.float64))
-        assert torch.equal(data.labels, torch.arange(ROWS) % 3)
-        assert torch.equal(data.test, torch.tensor(files["folds_py"], dtype=torch.bool))
-        assert torch.equal(data.validation, torch.tensor(files["validation_folds_py"], dtype=torch.bool))
-
-
-def test_uci_labels_and_folds_may_be_written_as_floats(tmp_path: Path) -> None:
-    files = uci_files()
-    plain = read_uci(write_uci(tmp_path / "a", files), "toy")
-    for name in ("labels_py", "folds_py", "validation_folds_py"):
-        files[name] = [[f"{cell}.0" for cell in row] for row in files[name]]
-    floats = read_uci(write_uci(tmp_path / "b", files), "toy")
-    for field in ("labels", "test", "validation"):
-        assert torch.equal(getattr(plain, field), getattr(floats, field))
-
-
-@pytest.mark.parametrize(
-    ("file", "row", "column", "value", "said"),
-    [
-        ("toy_py", 3, 1, "abc", "'abc' is not a number"),
-        ("toy_py", 3, 1, "", "'' is not a number"),
-        ("toy_py", 3, 1, "nan", "nan is not a finite number"),
-        ("toy_py", 3, 1, "-inf", "-inf is not a finite number"),
-        ("toy_py", 3, 1, "1e39", "1e+39 is not within the range of float32"),
-        ("labels_py", 3, 0, "1.5", "1.5 is not a class number"),
-        ("labels_py", 3, 0, "-1", "-1.0 is not a class number"),
-        ("labels_py", 3, 0, "1e15", "below the number of rows, 12"),
-        ("folds_py", 3, 1, "2", "2.0 is not 0 or 1"),
-        ("validation_folds_py", 3, 0, "0.5", "0.5 is not 0 or 1"),
-    ],
-)
-def test_bad_uci_cell_is_named(tmp_path: Path, file: str, row: int, column: int, value: str, said: str) -> None:
-    files = uci_files()
-    files[file][row][column] = value
-    write_uci(tmp_path, files)
-    place = f"{tmp_path / 'toy' / file}.dat, row {row + 1}, column {column + 1}: "
-    fails(DataError, partial(read_uci, tmp_path, "toy"), place, said)
-
-
-def relabel(files: dict, label: Callable[[int], int]) -> None:
-    files["labels_py"] = [[label(row)] for row in range(ROWS)]
-
-
-@pytest.mark.parametrize(
-    ("change", "parts"),
-    [
-        (lambda f: f["toy_py"][4].pop(), ("toy_py.dat, row 5 has 2 columns, row 1 has 3",)),
-        (lambda f: f["toy_py"].insert(4, []), ("toy_py.dat, row 5 has 1 columns",)),
-        (lambda f: f["toy_py"].clear(), ("toy_py.dat is empty",)),
-        (lambda f: f["labels_py"].pop(), ("labels_py.dat has 11 rows, the features 12",)),
-        (lambda f: [row.append(0) for row in f["labels_py"]], ("labels_py.dat has 2 columns; expected one",)),
-        (lambda f: f["folds_py"].pop(), ("/folds_py.dat has 11 rows",)),
-        (lambda f: [row.pop() for row in f["validation_folds_py"]], ("has 1 columns", "/folds_py.dat has 2")),
-        (lambda f: relabel(f, lambda row: 0), ("labels_py.dat, column 1", "class 0 only")),
-        (lambda f: relabel(f, lambda row: 2 * (row % 2)), ("labels_py.dat, column 1", "no row of class 1")),
-        (lambda f: f["folds_py"][2].__setitem__(0, 1), ("row 3, column 1 is 1 in", "/folds_py.dat and in")),
-        (lambda f: [row.__setitem__(1, 0) for row in f["folds_py"]], ("column 2: no test rows", "fold 1")),
-        (
-            lambda f: f.update(folds_py=[[1 - cell for cell in row] for row in f["validation_folds_py"]]),
-            ("folds_py.dat, column 1: no training rows", "fold 0"),
-        ),
-    ],
-)
-def test_bad_uci_files_are_named(tmp_path: Path, change: Callable[[dict], object], parts: tuple[str, ...]) -> None:
-    files = uci_files()
-    change(files)
-    fails(DataError, partial(read_uci, write_uci(tmp_path, files), "toy"), *parts)
-
-
-def test_absent_uci_folders_and_files_are_named(tmp_path: Path) -> None:
-    fails(DataNotFoundError, partial(read_uci, tmp_path / "no", "toy"), tmp_path / "no", "data.root")
-    fails(DataNotFoundError, partial(uci_names, tmp_path), tmp_path, "data.root")
-    write_uci(tmp_path, uci_files())
-    for name in ("toi", "../toy", "", "toy/"):
-        fails(UnknownNameError, partial(read_uci, tmp_path, name), tmp_path, repr(name), "toy")
-    labels = tmp_path / "toy/labels_py.dat"
-    text = labels.read_bytes()
-    labels.write_bytes(b"\xff\xfe\x00")
-    fails(DataError, partial(read_uci, tmp_path, "toy"), "labels_py.dat", "as text")
-    labels.write_bytes(text)
-    for name in ("validation_folds", "folds", "labels"):
-        (tmp_path / f"toy/{name}_py.dat").unlink()
-        fails(DataNotFoundError, partial(read_uci, tmp_path, "toy"), f"/{name}_py.dat")
-
-
-@pytest.mark.parametrize("fold", [0, 1])
-def test_uci_splits_are_the_official_ones(tmp_path: Path, fold: int) -> None:
-    files = uci_files()
-    data = UCIData("toy", write_uci(tmp_path, files), fold)
-    merged = UCIData("toy", tmp_path, fold, validation=False)
-    features = torch.tensor(files["toy_py"], dtype=torch.float64)
-    kind = torch.arange(ROWS) % 4 - fold
-    for module, which, rows in (
-        (data, "test", kind == 0),
-        (data, "val", kind == 2),
-        (data, "train", (kind != 0) & (kind != 2)),
-        (merged, "test", kind == 0),
-        (merged, "train", kind != 0),
-    ):
-        assert torch.equal(module.split(which).inputs, features[rows])
-        assert torch.equal(module.split(which).labels, (torch.arange(ROWS) % 3)[rows])
-    assert (data.name, data.input_shape, data.num_classes, data.input_range) == ("toy", (3,), 3, None)
-    assert (data.has_validation, merged.has_validation, merged.val_dataloader()) == (True, False, [])
-    assert data.scaling is not None
-    assert (data.scaling.names, data.scaling.std) == (("1", "2", "3"), None)
-    fails(ArgumentError, partial(merged.split, "val"), "validation=false", "data.validation=true")
-
-
-def test_uci_folds_that_are_not_there(tmp_path: Path) -> None:
-    files = uci_files()
-    files["validation_folds_py"] = [[0, mark] for _, mark in files["validation_folds_py"]]
-    write_uci(tmp_path, files)
-    fails(DataError, UCIData("toy", tmp_path).setup, "fold 0 of toy has no validation rows", "data.validation=false")
-    assert len(UCIData("toy", tmp_path, validation=False).split("train")) == 9
-    fails(ArgumentError, UCIData("toy", tmp_path, fold=2).setup, "fold=2", "0 … 1")
-    bad: list[Any] = [-1, 1.0, True, "0"]
-    for fold in bad:
-        fails(ArgumentError, partial(UCIData, "toy", tmp_path, fold), "fold", repr(fold))
-    answer: Any = "no"
-    fails(ArgumentError, partial(UCIData, "toy", tmp_path, validation=answer), "validation", "'no'")
 
 
 # --- CSV and parquet ------------------------------------------------------------------------------------------------
@@ -216,8 +70,11 @@ def save(table: pd.DataFrame, path: Path) -> Path:
     return path
 
 
+def table_data(*files: Any, val_fraction: float = 0.1, seed: int = 0, **options: Any) -> DataModule:
+    return DataModule(Table(*files, **options), val_fraction=val_fraction, seed=seed)
+
+
 def scaling(data: DataModule) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    data.setup()
     assert data.scaling is not None
     return data.scaling.names, np.array(data.scaling.mean), np.array(data.scaling.std)
 
@@ -231,7 +88,7 @@ def test_scaling_is_that_of_the_training_rows_alone(tmp_path: Path, ending: str)
     train, test = frame(40), frame(65)[40:]
     path = save(train, tmp_path / f"pets{ending}")
     # The order of columns in the test file is its own.
-    data = TableData(path, "kind", save(test[["kind", "tame", "mass", "legs"]], tmp_path / "b.csv"), val_fraction=0.25)
+    data = table_data(path, "kind", save(test[["kind", "tame", "mass", "legs"]], tmp_path / "b.csv"), val_fraction=0.25)
     assert (data.split("val").inputs.dtype, len(data.split("val")), data.input_shape) == (torch.float64, 10, (3,))
     assert (data.name, data.class_names, data.unit) == ("pets", ("cat", "emu", "ox"), "standardised features")
     names, mean, std = scaling(data)
@@ -250,7 +107,7 @@ def test_test_rows_are_the_same_for_every_seed_and_apart_from_training(tmp_path:
     path = save(frame().assign(mass=np.arange(40.0)), tmp_path / "a.csv")
     drawn = []
     for seed in (0, 1):
-        data = TableData(path, "kind", test_fraction=0.25, seed=seed)
+        data = table_data(path, "kind", test_fraction=0.25, seed=seed)
         _, mean, std = scaling(data)
         rows: dict[str, list[int]] = {}
         for which in ("train", "val", "test"):
@@ -277,7 +134,7 @@ def test_standardised_table_comes_back_from_a_csv_file(tmp_path: Path, values: n
     for table, file in ((standardised, path), (values * scale, other)):
         pd.DataFrame({"a": table[:, 0], "b": table[:, 1], "y": labels}).to_csv(file, index=False)
     for file in (path, other):
-        data = TableData(file, "y", path, val_fraction=0)
+        data = table_data(file, "y", path, val_fraction=0)
         inputs = data.split("train").inputs
         assert np.allclose(inputs, standardised, atol=1e-5)
         assert data.split("train").labels.tolist() == labels.tolist()
@@ -299,7 +156,7 @@ def test_classes_are_the_sorted_labels(
     tmp_path: Path, target: Any, classes: tuple[str, ...], labels: list[int], ending: str
 ) -> None:
     path = save(pd.DataFrame({"x": [1.0, 2.0, 3.0, 4.0], "y": target}), tmp_path / f"a.{ending}")
-    data = TableData(path, "y", path, val_fraction=0)
+    data = table_data(path, "y", path, val_fraction=0)
     assert data.split("train").labels.tolist() == labels
     assert data.class_names == classes
 
@@ -307,7 +164,7 @@ def test_classes_are_the_sorted_labels(
 def test_features_are_taken_in_the_order_given(tmp_path: Path) -> None:
     path = save(frame().assign(note="a word"), tmp_path / "a.csv")
     test = save(frame().drop(columns="tame"), tmp_path / "b.csv")
-    data = TableData(path, "kind", test, features=["legs", "mass"], val_fraction=0)
+    data = table_data(path, "kind", test, features=["legs", "mass"], val_fraction=0)
     names, mean, _ = scaling(data)
     assert names == ("legs", "mass")
     assert np.allclose(mean, frame()[["legs", "mass"]].mean())
@@ -315,8 +172,8 @@ def test_features_are_taken_in_the_order_given(tmp_path: Path) -> None:
 
 def test_nullable_columns_without_nulls_are_numbers(tmp_path: Path) -> None:
     table = frame().convert_dtypes().astype({"mass": "float32"})
-    data = TableData(save(table, tmp_path / "a.parquet"), "kind")
-    plain = TableData(save(frame().astype({"mass": "float32"}), tmp_path / "b.parquet"), "kind")
+    data = table_data(save(table, tmp_path / "a.parquet"), "kind")
+    plain = table_data(save(frame().astype({"mass": "float32"}), tmp_path / "b.parquet"), "kind")
     assert data.fingerprint("test") == plain.fingerprint("test")
 
 
@@ -347,21 +204,21 @@ BAD_TABLES: dict[str, tuple[pd.DataFrame, tuple[str, ...]]] = {
 def test_bad_tables_are_named(tmp_path: Path, name: str, ending: str) -> None:
     table, parts = BAD_TABLES[name]
     path = save(table, tmp_path / f"bad.{ending}")
-    fails(DataError, TableData(path, "kind", path, val_fraction=0).setup, path, *parts)
+    fails(DataError, table_data(path, "kind", path, val_fraction=0).setup, path, *parts)
 
 
 @pytest.mark.parametrize("name", ["missing", "infinite", "text in numbers", "unlabelled", "fraction", "no rows"])
 def test_bad_test_tables_are_named(tmp_path: Path, name: str) -> None:
     table, parts = BAD_TABLES[name]
     path = save(table, tmp_path / "bad.csv")
-    fails(DataError, TableData(save(frame(), tmp_path / "good.csv"), "kind", path).setup, path, *parts)
+    fails(DataError, table_data(save(frame(), tmp_path / "good.csv"), "kind", path).setup, path, *parts)
 
 
 def test_only_parquet_holds_dates_and_lists(tmp_path: Path) -> None:
     for name, value in (("dates", pd.Timestamp("2020-01-01")), ("lists", [1, 2])):
         table = frame().assign(odd=[value] * 40)
-        fails(DataError, TableData(save(table, tmp_path / f"{name}.parquet"), "kind").setup, "column 'odd' holds")
-        fails(DataError, TableData(tmp_path / f"{name}.parquet", "odd", features=["mass"]).setup, "'odd' holds values")
+        fails(DataError, table_data(save(table, tmp_path / f"{name}.parquet"), "kind").setup, "column 'odd' holds")
+        fails(DataError, table_data(tmp_path / f"{name}.parquet", "odd", features=["mass"]).setup, "'odd' holds values")
 
 
 @pytest.mark.parametrize(
@@ -381,7 +238,7 @@ def test_only_parquet_holds_dates_and_lists(tmp_path: Path) -> None:
 )
 def test_bad_csv_files_are_named(tmp_path: Path, content: bytes, parts: tuple[str, ...]) -> None:
     (tmp_path / "bad.csv").write_bytes(content)
-    data = TableData(tmp_path / "bad.csv", "y", test_fraction=0.5, val_fraction=0)
+    data = table_data(tmp_path / "bad.csv", "y", test_fraction=0.5, val_fraction=0)
     fails(DataError, data.setup, tmp_path / "bad.csv", *parts)
 
 
@@ -390,35 +247,35 @@ def test_bad_parquet_files_are_named(tmp_path: Path) -> None:
     whole = save(frame(), path).read_bytes()
     for content in (b"", b"a,y\n1,2\n", whole[:-20], whole[: len(whole) // 2]):
         path.write_bytes(content)
-        fails(DataError, TableData(path, "kind").setup, path, "cannot be read")
+        fails(DataError, table_data(path, "kind").setup, path, "cannot be read")
     parquet.write_table(pa.table([[1, 2], [3, 4], [0, 1]], names=["a", "a", "kind"]), path)
-    fails(DataError, TableData(path, "kind").setup, path, "columns 1 and 2 are both called 'a'")
+    fails(DataError, table_data(path, "kind").setup, path, "columns 1 and 2 are both called 'a'")
 
 
 def test_absent_files_and_columns_are_named(tmp_path: Path) -> None:
     good = save(frame(), tmp_path / "good.csv")
-    fails(DataNotFoundError, TableData(tmp_path / "no.csv", "kind").setup, tmp_path / "no.csv", "data.train")
-    fails(DataNotFoundError, TableData(good, "kind", tmp_path).setup, tmp_path, "data.test")
+    fails(DataNotFoundError, table_data(tmp_path / "no.csv", "kind").setup, tmp_path / "no.csv", "data.train")
+    fails(DataNotFoundError, table_data(good, "kind", tmp_path).setup, tmp_path, "data.test")
     (tmp_path / "good.txt").write_bytes(good.read_bytes())
-    fails(DataError, TableData(tmp_path / "good.txt", "kind").setup, "good.txt", ".csv", ".parquet")
-    fails(UnknownNameError, TableData(good, "kinds").setup, good, "'kinds'", "did you mean kind?")
-    fails(UnknownNameError, TableData(good, "kind", features=["mas"]).setup, good, "'mas'", "did you mean mass?")
+    fails(DataError, table_data(tmp_path / "good.txt", "kind").setup, "good.txt", ".csv", ".parquet")
+    fails(UnknownNameError, table_data(good, "kinds").setup, good, "'kinds'", "did you mean kind?")
+    fails(UnknownNameError, table_data(good, "kind", features=["mas"]).setup, good, "'mas'", "did you mean mass?")
     other = save(frame().rename(columns={"legs": "arms"}), tmp_path / "other.csv")
-    fails(DataError, TableData(good, "kind", other).setup, other, "no legs", "also arms", good)
+    fails(DataError, table_data(good, "kind", other).setup, other, "no legs", "also arms", good)
     more = save(frame().replace("emu", "elk"), tmp_path / "more.csv")
-    fails(DataError, TableData(good, "kind", more).setup, more, "'elk' in row 3", "no class", good)
+    fails(DataError, table_data(good, "kind", more).setup, more, "'elk' in row 3", "no class", good)
 
 
 def test_bad_table_arguments_are_named(tmp_path: Path) -> None:
     good = save(frame(), tmp_path / "good.csv")
     fractions: list[Any] = [0, 1, -0.5, math.nan, True, "half"]
     for fraction in fractions:
-        fails(ArgumentError, partial(TableData, good, "kind", test_fraction=fraction), "test_fraction", repr(fraction))
+        fails(ArgumentError, partial(Table, good, "kind", test_fraction=fraction), "test_fraction", repr(fraction))
     for features in ("mass", [], ["mass", "mass"]):
-        fails(ArgumentError, partial(TableData, good, "kind", features=features), "features", repr(features))
-    fails(ArgumentError, partial(TableData, good, "kind", features=["mass", "kind"]), "'kind' is the target")
-    fails(ArgumentError, TableData(good, "kind", test_fraction=0.001).setup, "test_fraction=0.001", "40")
-    fails(ArgumentError, TableData(good, "kind", val_fraction=0.001).setup, "val_fraction=0.001", "data.val_fraction")
+        fails(ArgumentError, partial(Table, good, "kind", features=features), "features", repr(features))
+    fails(ArgumentError, partial(Table, good, "kind", features=["mass", "kind"]), "'kind' is the target")
+    fails(ArgumentError, table_data(good, "kind", test_fraction=0.001).setup, "test_fraction=0.001", "40")
+    fails(ArgumentError, table_data(good, "kind", val_fraction=0.001).setup, "val_fraction=0.001", "data.val_fraction")
 
 
 def test_test_value_beyond_float32_is_named(tmp_path: Path) -> None:
@@ -426,7 +283,7 @@ def test_test_value_beyond_float32_is_named(tmp_path: Path) -> None:
     far = save(holed("mass", 1e300).astype({"mass": float}), tmp_path / "b.csv")
     fails(
         DataError,
-        TableData(good, "kind", far).setup,
+        table_data(good, "kind", far).setup,
         "a test inputs",
         "sample 7",
         "at (0,)",
@@ -437,13 +294,12 @@ def test_test_value_beyond_float32_is_named(tmp_path: Path) -> None:
 # --- the generic base -----------------------------------------------------------------------------------------------
 
 
-class Cubes(DataModule):
+class Cubes(Source):
     """Inputs with four axes; official validation samples."""
 
     name, unit = "cubes", "cubes"
 
-    def __init__(self, inputs: torch.Tensor, **options) -> None:
-        super().__init__(**options)
+    def __init__(self, inputs: torch.Tensor) -> None:
         self.inputs = inputs
 
     def load(self) -> Loaded:
@@ -453,14 +309,14 @@ class Cubes(DataModule):
 
 def test_inputs_of_any_shape_with_given_validation_samples() -> None:
     inputs = torch.randn(8, 2, 3, 4, 5)
-    data = Cubes(inputs, batch_size=3, val_fraction=0.5)
+    data = DataModule(Cubes(inputs), batch_size=3, val_fraction=0.5)
     assert [len(data.split(which)) for which in ("train", "val", "test")] == [8, 2, 2]
     assert torch.equal(data.split("val").inputs, inputs[[5, 2]])
     (batch,) = data.val_dataloader()
     assert torch.equal(batch[0], inputs[[5, 2]])
     assert (data.input_shape, data.input_range, data.scaling) == ((2, 3, 4, 5), None, None)
     inputs[5, 1, 2, 3, 4] = math.nan
-    fails(DataError, Cubes(inputs).setup, "cubes train inputs: sample 5 (f) has nan at (1, 2, 3, 4)")
+    fails(DataError, DataModule(Cubes(inputs)).setup, "cubes train inputs: sample 5 (f) has nan at (1, 2, 3, 4)")
 
 
 def test_bad_inputs_and_labels() -> None:
@@ -482,7 +338,7 @@ def test_bad_inputs_and_labels() -> None:
 def test_radius_along_a_feature_is_the_distance_to_the_boundary_in_its_own_unit(tmp_path: Path) -> None:
     """An affine classifier that looks at one feature: the boundary is where that feature crosses a threshold."""
     table = frame(60)
-    data = TableData(
+    data = table_data(
         save(table, tmp_path / "a.csv"), "tame", save(table, tmp_path / "b.csv"), features=["legs", "mass"]
     )
     names, mean, std = scaling(data)
@@ -575,19 +431,29 @@ def train(output: Path, *overrides: str) -> Path:
     return output / "checkpoints/best.ckpt"
 
 
-@pytest.mark.parametrize(
-    "choice", [["data=uci", "data.validation=true"], ["data=uci", "data.validation=false"], ["experiment=uci_ldlt"]]
-)
-def test_uci_trains_and_certifies(tmp_path: Path, choice: list[str]) -> None:
-    write_uci(tmp_path / "uci121", uci_files())
-    options = [*choice, "data.name=toy", f"data.root={tmp_path}"]
-    ckpt = train(tmp_path / "run", *options)
-    results = cli.certify(compose("certify", f"ckpt={ckpt}", f"output={tmp_path}/out"))
-    assert results["run"]["samples"] == 3
-    written = json.loads((tmp_path / "out/report.json").read_text())
-    assert written["data"]["unit"] == "standardised features"
-    assert "in the norm of standardised features," in written["statement"]
-    assert "units" not in written
+class Rings(Source):
+    """A source of someone's own: points on two circles."""
+
+    name, unit = "rings", "units of the plane"
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def load(self) -> Loaded:
+        label = torch.arange(self.samples) % 2
+        angle = torch.linspace(0, 6, self.samples)
+        split = Split((1 + label)[:, None] * torch.stack([angle.sin(), angle.cos()], 1), label)
+        return Loaded(split, split.subset(torch.arange(12)), ("inner", "outer"))
+
+
+def test_a_source_of_ones_own_trains_and_certifies_where_it_is_allowed(tmp_path: Path) -> None:
+    ckpt = train(tmp_path / "run", f"data._target_={__name__}.Rings", "+data.samples=50")
+    given = [f"ckpt={ckpt}", f"output={tmp_path}/out"]
+    fails(CheckpointError, lambda: cli.certify(compose("certify", *given)), f"{__name__}.Rings", "allow")
+    assert cli.certify(compose("certify", *given, f"allow=[{__name__}]"))["run"]["samples"] == 12
+    written = json.loads((tmp_path / "out/report.json").read_text())["data"]
+    assert (written["name"], written["unit"]) == ("rings", "units of the plane")
+    assert written["sha256"] == Rings(50).load().test.fingerprint()
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
@@ -597,7 +463,7 @@ def test_table_trains_and_certifies_in_original_units(tmp_path: Path, ending: st
     cli.certify(compose("certify", f"ckpt={ckpt}", f"output={tmp_path}/out"))
     assert "in original units" in capsys.readouterr().out
     written = json.loads((tmp_path / "out/report.json").read_text())
-    names, _, stds = scaling(TableData(path, "kind"))
+    names, _, stds = scaling(table_data(path, "kind"))
     assert [unit["name"] for unit in written["units"]] == list(names)
     for unit, std in zip(written["units"], stds, strict=True):
         assert unit["std"] == pytest.approx(std)

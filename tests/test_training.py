@@ -19,8 +19,9 @@ from omegaconf import OmegaConf
 
 import liplayers as lp
 from liplayers import cli
+from liplayers.bounds.composition import head_splitter
 from liplayers.checkpoint import load_checkpoint
-from liplayers.cli.configuration import build
+from liplayers.cli.configuration import build, build_data
 from liplayers.cli.train import GROUPS
 from liplayers.errors import ArgumentError, CheckpointError, ConfigError, LipschitzError, OutputError, ShapeError
 from liplayers.training import CertifiedClassifier
@@ -94,12 +95,12 @@ def test_every_config_composes_and_its_target_takes_its_arguments(choice, tmp_pa
     for name in ("data.root", "data.train", "data.test", "data.name", "data.target"):
         if OmegaConf.is_missing(cfg.data, name.split(".")[1]):
             OmegaConf.update(cfg, name, str(tmp_path))
-    build(cfg.data)
+    build_data(cfg.data)
     build(cfg.loss)
     cfg.model.update({key: 8 for key in ("width", "channels") if key in cfg.model})
     model = build(cfg.model, input_shape=(3, 16, 16), num_classes=4)
     # LipNeXt counts the rounding of each of its 64 matrices
-    assert lp.split_head(model, (3, 16, 16)).body_bound == pytest.approx(1, rel=1e-4)
+    assert head_splitter(model, (3, 16, 16), estimates=True)().body_bound == pytest.approx(1, rel=1e-4)
     optimizer = build(cfg.optimizer)(model.parameters())
     scheduler = build(cfg.schedule)(optimizer, 10)
     rates = []
@@ -608,7 +609,7 @@ CHANGES = {
     "hidden target": target("liplayers.data.folder.hashlib.sha256"),
     "a function of ours that writes": target("liplayers.export_onnx"),
     "a function among the layers": target("liplayers.layers.get_layer"),
-    "foreign name in our module": target("liplayers.data.base.inspect"),
+    "foreign name in our module": target("liplayers.data.module.inspect"),
     "target of a loss": target("numpy.savetxt", "loss"),
 }
 

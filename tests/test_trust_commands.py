@@ -26,14 +26,15 @@ from rich.console import Console
 
 import liplayers
 from liplayers import cli
-from liplayers.audit.audit import Audit, RobustAccuracy, audit_figure, audit_table
+from liplayers.audit.audit import Audit, RobustAccuracy
+from liplayers.audit.report import audit_figure, audit_table
 from liplayers.certification import Certificates
 from liplayers.certification.report import curve, results_table, units_table
 from liplayers.cli import front
 from liplayers.commands import audit_command, certify_command, front_command, train_command
 from liplayers.commands.entry import run
 from liplayers.commands.help import COLUMN, comments, config_folder, heading, help_text
-from liplayers.commands.output import ForgivingOutput, console, say
+from liplayers.commands.output import ForgivingOutput, console, progress_bar, say
 from liplayers.commands.quoting import command, hydra_override
 from liplayers.errors import ArgumentError, LipschitzError
 
@@ -251,6 +252,18 @@ def test_an_output_below_a_progress_bar_is_written_once():
     written.rich_proxied_file = other = io.StringIO()  # type: ignore[attr-defined]
     ForgivingOutput(written).write("a")
     assert (written.getvalue(), other.getvalue()) == ("", "a")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_progress_bar_shows_how_much_is_done(known, monkeypatch):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr("liplayers.commands.output.console", terminal)
+    with progress_bar("certifying", 4 if known else None) as progress:
+        progress(3) if known else progress(3, 4)
+    assert re.search("certifying.*3/4", terminal.file.getvalue())
+    with progress_bar("certifying", shown=False) as progress:
+        progress(2, 4)
+    assert "2/4" not in terminal.file.getvalue()
 
 
 # --- from training to a verified report, in a folder of any name ----------------------------------------------------

@@ -28,15 +28,16 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.uci.data import read_uci
 from liplayers import AOLLinear
 from liplayers.certification import Certificates, CertifiedNetwork, certified_accuracy, certified_radius, certify
 from liplayers.checkpoint import KEY, load_checkpoint
 from liplayers.cli import proving
 from liplayers.cli.composing import training_config
-from liplayers.cli.configuration import build, unasked
+from liplayers.cli.configuration import build_data, unasked
 from liplayers.cli.front import read_run
 from liplayers.commands.help import config_folder
-from liplayers.data import MNIST, DataModule, ImageFolderData, NpzData, Scaling, TableData, read_uci
+from liplayers.data import MNIST, DataModule, ImageFolder, Npz, Scaling, Table
 from liplayers.data import folder as folder_module
 from liplayers.errors import ArgumentError, CheckpointError, DataError, LipschitzError, ShapeError, UnknownNameError
 
@@ -62,14 +63,12 @@ def affine(slope: list[float], at: float) -> CertifiedNetwork:
     return CertifiedNetwork(head, (len(slope),), 2)
 
 
-def table(folder: Path, train: list[str], test: list[str]) -> TableData:
+def table(folder: Path, train: list[str], test: list[str]) -> DataModule:
     """A table of one feature x and alternating labels."""
     for name, rows in (("train", train), ("test", test)):
         lines = [f"{x},{'ab'[row % 2]}\n" for row, x in enumerate(rows)]
         (folder / f"{name}.csv").write_text("x,y\n" + "".join(lines))
-    data = TableData(folder / "train.csv", "y", folder / "test.csv", val_fraction=0)
-    data.setup()
-    return data
+    return DataModule(Table(folder / "train.csv", "y", folder / "test.csv"), val_fraction=0)
 
 
 def own_radii(network: CertifiedNetwork, data: DataModule) -> Tensor:
@@ -132,7 +131,8 @@ def test_radii_of_the_command_are_those_of_the_file(tmp_path: Path, monkeypatch:
     config = {"model": {"_target_": "x"}, "data": {"_target_": "y"}}
     save(path, config, names=["a", "b"], shape=[1], state={f"model.{k}": v for k, v in module.state_dict().items()})
     monkeypatch.setattr(proving, "check_config", lambda *_: None)
-    monkeypatch.setattr(proving, "build", lambda node, **_: data if node["_target_"] == "y" else module)
+    monkeypatch.setattr(proving, "build_data", lambda _: data)
+    monkeypatch.setattr(proving, "build", lambda *_, **__: module)
     cfg: Any = OmegaConf.create({"mode": "proof", "device": "cpu", "data": {"split": "test"}, "allow": []})
     one = proving.certify_one(load_checkpoint(path), cfg, [0.5])
     plain = one.network.radius(data.split("test").inputs)
@@ -145,7 +145,7 @@ def test_float64_images_are_certified_as_they_are(tmp_path: Path) -> None:
     images = np.random.default_rng(0).random((8, 1, 2, 2))
     for name in ("train", "test"):
         np.savez(tmp_path / f"{name}.npz", images=images, labels=np.arange(8) % 2)
-    data = NpzData(tmp_path / "train.npz", tmp_path / "test.npz", val_fraction=0)
+    data = DataModule(Npz(tmp_path / "train.npz", tmp_path / "test.npz"), val_fraction=0)
     data.setup()
     ((batch, _),) = data.eval_loader("test")
     assert np.array_equal(batch.numpy(), images)
@@ -170,8 +170,8 @@ def uci(root: Path, features: str, labels: str) -> None:
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
-def folder(root: Path, **options: Any) -> ImageFolderData:
-    return ImageFolderData(root, val_fraction=0, **options)
+def folder(root: Path) -> DataModule:
+    return DataModule(ImageFolder(root), val_fraction=0)
 
 
 def images(root: Path, count: int = 2) -> Path:
@@ -335,13 +335,14 @@ def test_links_to_folders_elsewhere_and_hard_links_count(tmp_path: Path) -> None
 )
 def test_tool_folders_are_neither_samples_nor_classes(tmp_path: Path, name: str) -> None:
     plain = folder(images(tmp_path / "plain"))
-    data = folder(images(tmp_path / "data"))
-    for where in (data.root / "train" / "cat", data.root / "train"):
+    root = images(tmp_path / "data")
+    data = folder(root)
+    for where in (root / "train" / "cat", root / "train"):
         (where / name / "deep").mkdir(parents=True)
         for file in ("0.png", "deep/0.png"):
             Image.new("L", (9, 9)).save(where / name / file)
-    (data.root / "train" / "dog" / "._0.png").write_bytes(b"AppleDouble")
-    (data.root / "train" / "dog" / "Thumbs.db").write_bytes(b"")
+    (root / "train" / "dog" / "._0.png").write_bytes(b"AppleDouble")
+    (root / "train" / "dog" / "Thumbs.db").write_bytes(b"")
     plain.setup(), data.setup()
     assert data.class_names == ("cat", "dog")
     assert data.split("train").sources == plain.split("train").sources
@@ -390,7 +391,7 @@ def test_a_shape_that_is_none_is_one_line(tmp_path: Path) -> None:
         archive(tmp_path / "a.npz", npy((True, 1, 4, 4), bytes(16)), SMALL[1]),
         archive(tmp_path / "b.npz", *SMALL),
     )
-    fails(DataError, NpzData(bad, good).setup, bad)
+    fails(DataError, DataModule(Npz(bad, good)).setup, bad)
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -398,34 +399,34 @@ def test_a_shape_that_is_none_is_one_line(tmp_path: Path) -> None:
 def test_archives_claim_no_more_than_they_hold(tmp_path: Path, name: str, compression: int) -> None:
     bad, good = archive(tmp_path / "a.npz", *CLAIMS[name], compression), archive(tmp_path / "b.npz", *SMALL)
     tracemalloc.start()
-    fails(DataError, NpzData(bad, good).setup, bad, "claims an array", "but holds")
+    fails(DataError, DataModule(Npz(bad, good)).setup, bad, "claims an array", "but holds")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**24
-    NpzData(good, good, val_fraction=0).setup()
+    DataModule(Npz(good, good), val_fraction=0).setup()
 
 
 def test_an_archive_that_grows_without_measure_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("liplayers.data.npz._LARGE", 2**16)
     content = npy((2**12, 1, 8, 8), bytes(2**18)), npy((2**12,), bytes(2**12))
     bomb = archive(tmp_path / "a.npz", *content)
-    fails(DataError, NpzData(bomb, bomb).setup, bomb, "would grow", "np.savez")
+    fails(DataError, DataModule(Npz(bomb, bomb)).setup, bomb, "would grow", "np.savez")
     plain = archive(tmp_path / "b.npz", *content, zipfile.ZIP_STORED)
-    NpzData(plain, plain, val_fraction=0).setup()
+    DataModule(Npz(plain, plain), val_fraction=0).setup()
 
 
 def test_data_beyond_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = archive(tmp_path / "b.npz", *SMALL)
     monkeypatch.setattr("liplayers.data.npz._read_split", lambda _: np.empty(2**62, np.uint8))
-    fails(DataError, NpzData(good, good).setup, "b: the data do not fit into memory")
+    fails(DataError, DataModule(Npz(good, good)).setup, "b: the data do not fit into memory")
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def csv_data(path: Path, content: str | bytes, target: str = "y", **options: Any) -> TableData:
+def csv_data(path: Path, content: str | bytes, target: str = "y") -> DataModule:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return TableData(path, target, path, val_fraction=0, **options)
+    return DataModule(Table(path, target, path), val_fraction=0)
 
 
 ROWS = "x{0}z{0}y\n1{0}2{0}a\n3{0}5{0}b\n"
@@ -530,9 +531,10 @@ def test_labels_of_two_files_are_compared_as_written(tmp_path: Path) -> None:
     for label in ("01", "1.0", "True", " 1"):
         test = tmp_path / "b.csv"
         test.write_text(f"x,y\n1,{label}\n")
-        fails(DataError, TableData(train, "y", test, val_fraction=0).setup, "b.csv", repr(label))
+        fails(DataError, DataModule(Table(train, "y", test), val_fraction=0).setup, "b.csv", repr(label))
     pd.DataFrame({"x": [1.0], "y": [True]}).to_parquet(tmp_path / "b.parquet")
-    fails(DataError, TableData(train, "y", tmp_path / "b.parquet", val_fraction=0).setup, "b.parquet", "'True'", "'1'")
+    data = DataModule(Table(train, "y", tmp_path / "b.parquet"), val_fraction=0)
+    fails(DataError, data.setup, "b.parquet", "'True'", "'1'")
 
 
 def test_uci_labels_written_in_two_ways_are_refused(tmp_path: Path) -> None:
@@ -552,7 +554,7 @@ def test_uci_labels_written_in_two_ways_are_refused(tmp_path: Path) -> None:
 )
 def test_labels_of_archives_are_class_numbers(tmp_path: Path, labels: np.ndarray) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((4, 1, 2, 2), np.uint8), labels=labels)
-    fails(DataError, NpzData(tmp_path / "a.npz", tmp_path / "a.npz").setup, "labels")
+    fails(DataError, DataModule(Npz(tmp_path / "a.npz", tmp_path / "a.npz")).setup, "labels")
 
 
 def test_a_parquet_file_cannot_claim_what_it_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -560,7 +562,7 @@ def test_a_parquet_file_cannot_claim_what_it_has_not(tmp_path: Path, monkeypatch
     pd.DataFrame({"x": np.zeros(10**5), "y": ["a"] * 10**5}).to_parquet(path)
     monkeypatch.setattr("liplayers.data.tabular._CELLS", 1000)
     monkeypatch.setattr("liplayers.data.tabular._CELLS_OF_A_BYTE", 1)
-    fails(DataError, TableData(path, "y").setup, path, "200,000 cells")
+    fails(DataError, DataModule(Table(path, "y")).setup, path, "200,000 cells")
 
 
 # --- labels given to certify -----------------------------------------------------------------------------------------
@@ -696,12 +698,12 @@ def test_a_checkpoint_makes_no_command_fetch_or_write(tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     cfg = resumed(path)
     for node in (cfg.data, cfg.extra.data):
-        build(node).setup()
+        build_data(node).setup()
     certifying = proving._data_config(load_checkpoint(path), OmegaConf.create({"data": {"split": "test"}}))
-    build(OmegaConf.create(certifying)).setup()
+    build_data(OmegaConf.create(certifying)).setup()
     assert sorted(tmp_path.rglob("*")) == before
     asked = resumed(path, f"data.cache={cache}")
-    build(asked.data).setup()
+    build_data(asked.data).setup()
     assert len(list(cache.glob("*.npy"))) == 2
 
 
@@ -711,7 +713,7 @@ def test_a_checkpoint_does_not_download(tmp_path: Path, monkeypatch: pytest.Monk
     path = save(tmp_path / "a.ckpt", CONFIG | {"data": data, "extra": {"data": data}})
     cfg = resumed(path)
     for node in (cfg.data, cfg.extra.data):
-        fails(DataError, build(node).setup, "no train-images")
+        fails(DataError, build_data(node).setup, "no train-images")
 
 
 @pytest.mark.parametrize("where", ["data", "extra"])

@@ -19,7 +19,7 @@ from liplayers import cli, commands, files
 from liplayers.certification import report as reports
 from liplayers.checkpoint import load_checkpoint
 from liplayers.cli.composing import training_config
-from liplayers.data.base import DataModule
+from liplayers.data import DataModule
 from liplayers.errors import ArgumentError, CheckpointError, ConfigError, OutputError
 from liplayers.training import CertifiedClassifier, Lookahead, Stopped, WholeFileCheckpointIO
 

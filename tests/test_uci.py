@@ -1,4 +1,4 @@
-"""The UCI benchmark: batched training is plain training, budgets match, results do not mix, statistics are right."""
+"""The UCI benchmark: files and folds, training in batches, budgets, results that do not mix, statistics."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import json
 import math
 import os
 import signal
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import hydra
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 from scipy import stats
 from torch import Tensor, nn
 
@@ -20,18 +26,24 @@ from benchmarks.uci import jobs as uci_jobs
 from benchmarks.uci import run as uci_run
 from benchmarks.uci import selection, statistics
 from benchmarks.uci.__main__ import main
+from benchmarks.uci.data import UCI, UCISet, read_uci, uci_names
 from benchmarks.uci.jobs import METRICS, Configuration, run_job
 from benchmarks.uci.methods import METHODS, count_parameters, matched_width
 from benchmarks.uci.report import critical_difference_plot, scores_of, write_report
 from benchmarks.uci.results import FIELDS, read_results
 from benchmarks.uci.run import Job, plan_jobs, run_jobs
 from benchmarks.uci.train import Recipe, shuffled_batches, train_together
+from liplayers import cli
 from liplayers.certification import CertifiedNetwork, certify
-from liplayers.data.tabular import UCISet, read_uci
-from liplayers.errors import ArgumentError, DataError, LipschitzError
+from liplayers.cli.configuration import build_data, check_config
+from liplayers.data import DataModule
+from liplayers.errors import ArgumentError, ConfigError, DataError, DataNotFoundError, LipschitzError, UnknownNameError
 from liplayers.losses import OffsetCrossEntropy
 from liplayers.training.schedules import warmup_cosine
 
+CONFIGS = Path(__file__).parent.parent / "configs"
+SMALL = ["model.width=8", "model.depth=1", "model.mean=null", "trainer.max_epochs=1", "trainer.accelerator=cpu"]
+SMALL += ["trainer.enable_progress_bar=false"]
 QUICK = Configuration(Recipe(steps=3), depth=2, width=6, seeds=2)
 
 
@@ -67,6 +79,226 @@ def run(
 def command(root: Path, output: Path, *arguments: str) -> int:
     small = ("--steps", "3", "--depth", "2", "--width", "6", "--seeds", "2")
     return main(["--root", str(root), "--output", str(output), *small, *arguments])
+
+
+def fails(kind: type[Exception], call: Callable[[], object], *parts: object) -> None:
+    """`call` raises `kind` with one line that has every part."""
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message, f"{part!r} not in {message!r}"
+
+
+def compose(name: str, *overrides: str) -> Any:
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra.compose(name, list(overrides))
+
+
+# The files ------------------------------------------------------------------------------------------------------------
+
+ROWS = 12
+
+
+def uci_files() -> dict[str, list[list[object]]]:
+    draw = np.random.default_rng(0)
+    test = np.arange(ROWS)[:, None] % 4 == np.arange(2)
+    validation = np.arange(ROWS)[:, None] % 4 == np.arange(2) + 2
+    return {
+        "toy_py": draw.normal(size=(ROWS, 3)).round(4).tolist(),
+        "labels_py": [[row % 3] for row in range(ROWS)],
+        "folds_py": test.astype(int).tolist(),
+        "validation_folds_py": validation.astype(int).tolist(),
+    }
+
+
+def write_uci(root: Path, files: dict[str, list[list[object]]]) -> Path:
+    (root / "toy").mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        (root / "toy" / f"{name}.dat").write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+    return root
+
+
+def test_uci_set_is_read_as_written_from_the_folder_or_its_parent(tmp_path: Path) -> None:
+    files = uci_files()
+    write_uci(tmp_path / "uci121", files)
+    (tmp_path / "uci121" / "notes").mkdir()
+    for root in (tmp_path, tmp_path / "uci121", str(tmp_path)):
+        assert uci_names(root) == ("toy",)
+        data = read_uci(root, "toy")
+        assert (data.name, data.class_names) == ("toy", ("0", "1", "2"))
+        assert torch.equal(data.features, torch.tensor(files["toy_py"], dtype=torch.float64))
+        assert torch.equal(data.labels, torch.arange(ROWS) % 3)
+        assert torch.equal(data.test, torch.tensor(files["folds_py"], dtype=torch.bool))
+        assert torch.equal(data.validation, torch.tensor(files["validation_folds_py"], dtype=torch.bool))
+
+
+def test_uci_labels_and_folds_may_be_written_as_floats(tmp_path: Path) -> None:
+    files = uci_files()
+    plain = read_uci(write_uci(tmp_path / "a", files), "toy")
+    for name in ("labels_py", "folds_py", "validation_folds_py"):
+        files[name] = [[f"{cell}.0" for cell in row] for row in files[name]]
+    floats = read_uci(write_uci(tmp_path / "b", files), "toy")
+    for field in ("labels", "test", "validation"):
+        assert torch.equal(getattr(plain, field), getattr(floats, field))
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "column", "value", "said"),
+    [
+        ("toy_py", 3, 1, "abc", "'abc' is not a number"),
+        ("toy_py", 3, 1, "", "'' is not a number"),
+        ("toy_py", 3, 1, "nan", "nan is not a finite number"),
+        ("toy_py", 3, 1, "-inf", "-inf is not a finite number"),
+        ("toy_py", 3, 1, "1e39", "1e+39 is not within the range of float32"),
+        ("labels_py", 3, 0, "1.5", "1.5 is not a class number"),
+        ("labels_py", 3, 0, "-1", "-1.0 is not a class number"),
+        ("labels_py", 3, 0, "1e15", "below the number of rows, 12"),
+        ("folds_py", 3, 1, "2", "2.0 is not 0 or 1"),
+        ("validation_folds_py", 3, 0, "0.5", "0.5 is not 0 or 1"),
+    ],
+)
+def test_bad_uci_cell_is_named(tmp_path: Path, file: str, row: int, column: int, value: str, said: str) -> None:
+    files = uci_files()
+    files[file][row][column] = value
+    write_uci(tmp_path, files)
+    place = f"{tmp_path / 'toy' / file}.dat, row {row + 1}, column {column + 1}: "
+    fails(DataError, partial(read_uci, tmp_path, "toy"), place, said)
+
+
+def relabel(files: dict, label: Callable[[int], int]) -> None:
+    files["labels_py"] = [[label(row)] for row in range(ROWS)]
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda f: f["toy_py"][4].pop(), ("toy_py.dat, row 5 has 2 columns, row 1 has 3",)),
+        (lambda f: f["toy_py"].insert(4, []), ("toy_py.dat, row 5 has 1 columns",)),
+        (lambda f: f["toy_py"].clear(), ("toy_py.dat is empty",)),
+        (lambda f: f["labels_py"].pop(), ("labels_py.dat has 11 rows, the features 12",)),
+        (lambda f: [row.append(0) for row in f["labels_py"]], ("labels_py.dat has 2 columns; expected one",)),
+        (lambda f: f["folds_py"].pop(), ("/folds_py.dat has 11 rows",)),
+        (lambda f: [row.pop() for row in f["validation_folds_py"]], ("has 1 columns", "/folds_py.dat has 2")),
+        (lambda f: relabel(f, lambda row: 0), ("labels_py.dat, column 1", "class 0 only")),
+        (lambda f: relabel(f, lambda row: 2 * (row % 2)), ("labels_py.dat, column 1", "no row of class 1")),
+        (lambda f: f["folds_py"][2].__setitem__(0, 1), ("row 3, column 1 is 1 in", "/folds_py.dat and in")),
+        (lambda f: [row.__setitem__(1, 0) for row in f["folds_py"]], ("column 2: no test rows", "fold 1")),
+        (
+            lambda f: f.update(folds_py=[[1 - cell for cell in row] for row in f["validation_folds_py"]]),
+            ("folds_py.dat, column 1: no training rows", "fold 0"),
+        ),
+    ],
+)
+def test_bad_uci_files_are_named(tmp_path: Path, change: Callable[[dict], object], parts: tuple[str, ...]) -> None:
+    files = uci_files()
+    change(files)
+    fails(DataError, partial(read_uci, write_uci(tmp_path, files), "toy"), *parts)
+
+
+def test_absent_uci_folders_and_files_are_named(tmp_path: Path) -> None:
+    fails(DataNotFoundError, partial(read_uci, tmp_path / "no", "toy"), tmp_path / "no", "data.root")
+    fails(DataNotFoundError, partial(uci_names, tmp_path), tmp_path, "data.root")
+    write_uci(tmp_path, uci_files())
+    for name in ("toi", "../toy", "", "toy/"):
+        fails(UnknownNameError, partial(read_uci, tmp_path, name), tmp_path, repr(name), "toy")
+    labels = tmp_path / "toy/labels_py.dat"
+    text = labels.read_bytes()
+    labels.write_bytes(b"\xff\xfe\x00")
+    fails(DataError, partial(read_uci, tmp_path, "toy"), "labels_py.dat", "as text")
+    labels.write_bytes(text)
+    for name in ("validation_folds", "folds", "labels"):
+        (tmp_path / f"toy/{name}_py.dat").unlink()
+        fails(DataNotFoundError, partial(read_uci, tmp_path, "toy"), f"/{name}_py.dat")
+
+
+@pytest.mark.parametrize("fold", [0, 1])
+def test_uci_splits_are_the_official_ones(tmp_path: Path, fold: int) -> None:
+    files = uci_files()
+    data = DataModule(UCI("toy", write_uci(tmp_path, files), fold))
+    merged = DataModule(UCI("toy", tmp_path, fold, validation=False))
+    features = torch.tensor(files["toy_py"], dtype=torch.float64)
+    kind = torch.arange(ROWS) % 4 - fold
+    for module, which, rows in (
+        (data, "test", kind == 0),
+        (data, "val", kind == 2),
+        (data, "train", (kind != 0) & (kind != 2)),
+        (merged, "test", kind == 0),
+        (merged, "train", kind != 0),
+    ):
+        assert torch.equal(module.split(which).inputs, features[rows])
+        assert torch.equal(module.split(which).labels, (torch.arange(ROWS) % 3)[rows])
+    assert (data.name, data.input_shape, data.num_classes, data.input_range) == ("toy", (3,), 3, None)
+    assert (data.has_validation, merged.has_validation, merged.val_dataloader()) == (True, False, [])
+    assert data.scaling is not None
+    assert (data.scaling.names, data.scaling.std) == (("1", "2", "3"), None)
+    fails(ArgumentError, partial(merged.split, "val"), "validation=false", "data.validation=true")
+
+
+def test_uci_folds_that_are_not_there(tmp_path: Path) -> None:
+    files = uci_files()
+    files["validation_folds_py"] = [[0, mark] for _, mark in files["validation_folds_py"]]
+    write_uci(tmp_path, files)
+    data = DataModule(UCI("toy", tmp_path))
+    fails(DataError, data.setup, "fold 0 of toy has no validation rows", "data.validation=false")
+    assert len(UCI("toy", tmp_path, validation=False).load().train) == 9
+    fails(ArgumentError, DataModule(UCI("toy", tmp_path, fold=2)).setup, "fold=2", "0 … 1")
+    bad: list[Any] = [-1, 1.0, True, "0"]
+    for fold in bad:
+        fails(ArgumentError, partial(UCI, "toy", tmp_path, fold), "fold", repr(fold))
+    answer: Any = "no"
+    fails(ArgumentError, partial(UCI, "toy", tmp_path, validation=answer), "validation", "'no'")
+
+
+@pytest.mark.parametrize(
+    "choice", [["data=uci", "data.validation=true"], ["data=uci", "data.validation=false"], ["experiment=uci_ldlt"]]
+)
+def test_uci_trains_and_certifies(tmp_path: Path, choice: list[str]) -> None:
+    write_uci(tmp_path / "uci121", uci_files())
+    cli.train(compose("train", *choice, *SMALL, f"output={tmp_path}/run", "data.name=toy", f"data.root={tmp_path}"))
+    ckpt = tmp_path / "run/checkpoints/best.ckpt"
+    results = cli.certify(compose("certify", f"ckpt={ckpt}", f"output={tmp_path}/out"))
+    assert results["run"]["samples"] == 3
+    written = json.loads((tmp_path / "out/report.json").read_text())
+    assert written["data"]["unit"] == "standardised features"
+    assert "in the norm of standardised features," in written["statement"]
+    assert "units" not in written
+
+
+def with_data(path: Path, data: dict[str, Any]) -> Path:
+    """The checkpoint with another config of its data."""
+    content = torch.load(path, weights_only=True)
+    content["liplayers"]["config"]["data"] = data
+    torch.save(content, path.with_name("older.ckpt"))
+    return path.with_name("older.ckpt")
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_a_checkpoint_with_the_earlier_name_is_certified_alike(tmp_path: Path, validation: bool) -> None:
+    write_uci(tmp_path, uci_files())
+    own = {"name": "toy", "root": str(tmp_path), "fold": 1, "validation": validation, "batch_size": 4, "augment": []}
+    settings = [*SMALL, f"output={tmp_path}/run", "data=uci", *(f"data.{key}={value}" for key, value in own.items())]
+    cli.train(compose("train", *settings))
+    now = tmp_path / "run/checkpoints/best.ckpt"
+    older = with_data(now, own | {"_target_": "liplayers.data.UCIData", "eval_batch_size": 5, "seed": 0})
+    for split in ("test", "train"):
+        first, second = (
+            cli.certify(compose("certify", f"ckpt={path}", f"data.split={split}", f"output={tmp_path}/{path.stem}"))
+            for path in (now, older)
+        )
+        assert first == second
+        assert first["run"]["samples"] == {"test": 3, "train": 6 if validation else 9}[split]
+
+
+def test_a_command_without_the_benchmarks_says_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "benchmarks.uci.data", None)
+    for name in ("benchmarks.uci.data.UCI", "liplayers.data.UCIData"):
+        settings: Any = {"_target_": name, "name": "toy", "root": "x"}
+        said = ("benchmarks.uci.data.UCI", "a clone of the repository")
+        fails(ConfigError, partial(build_data, OmegaConf.create(settings)), *said)
+        read: Any = None  # from no file
+        fails(ConfigError, partial(check_config, read, {"data": settings}, []), *said)
 
 
 # Training -------------------------------------------------------------------------------------------------------------

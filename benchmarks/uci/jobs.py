@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import liplayers
+from benchmarks.uci.data import UCISet
 from benchmarks.uci.methods import METHODS, count_parameters, matched_width
 from benchmarks.uci.train import Recipe, shuffled_batches, train_together
 from liplayers.certification import CertifiedNetwork, certify, parse_radius
 from liplayers.core.checks import check_positive
-from liplayers.data.tabular import UCISet
 from liplayers.errors import DataError
 
 RADII = (36, 72, 108, 255)

@@ -19,12 +19,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks.uci.data import read_uci, uci_names
 from benchmarks.uci.jobs import Configuration, run_job
 from benchmarks.uci.methods import known_methods
 from benchmarks.uci.results import check_same, read_results, result_path, write_result
 from liplayers.certification.report import write_outputs
 from liplayers.core.checks import check_positive
-from liplayers.data.tabular import read_uci, uci_names
 from liplayers.errors import LipschitzError, UnknownNameError
 
 

@@ -454,6 +454,7 @@ def batches(samples: int, batch_size: int, device: torch.device) -> tuple[Tensor
 
 
 def seeded(inputs: Tensor, seed: int) -> torch.Generator:
+    """A generator on the device of the inputs."""
     return torch.Generator(inputs.device).manual_seed(seed)
 
 
@@ -491,6 +492,7 @@ def check_samples(model: nn.Module, inputs: Tensor, labels: Tensor, radius: Tens
 
 
 def check_inputs(inputs: Tensor) -> None:
+    """Raise DataError or ArgumentError unless these are finite samples in float64."""
     if not inputs.numel():
         raise DataError(f"inputs: no samples to attack, shape {tuple(inputs.shape)}; pass at least one")
     if inputs.dim() < 2 or inputs.dtype != torch.float64:
@@ -503,6 +505,7 @@ def check_inputs(inputs: Tensor) -> None:
 
 
 def check_counts(**counts: int) -> None:
+    """Raise ArgumentError unless every count is at least 1."""
     for name, value in counts.items():
         if value < 1:
             raise ArgumentError(f"{name}={value}; expected at least 1")

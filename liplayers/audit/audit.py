@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from liplayers.audit.attack import Attacked, attack, batches, check_samples, headroom, misclassified
@@ -21,9 +16,7 @@ from liplayers.audit.ball import distance
 from liplayers.audit.boundary import boundary_points, rounding_attack
 from liplayers.audit.steepest import margin_ratio_lower_bound
 from liplayers.certification.radius import certified_accuracy, certified_radius
-from liplayers.certification.report import label_plot
 from liplayers.errors import ArgumentError, ShapeError
-from liplayers.text import printable
 
 __all__ = [
     "METHODS",
@@ -33,8 +26,6 @@ __all__ = [
     "Refutation",
     "RobustAccuracy",
     "audit",
-    "audit_figure",
-    "audit_table",
 ]
 
 METHODS = ("pgd", "apgd")
@@ -173,7 +164,7 @@ def audit(
     seed: int = 0,
     steps: int = 50,
     batch_size: int = 256,
-    console: Console | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Audit:
     """Try to refute certified radii of `model`, which is in evaluation mode and float64.
 
@@ -193,7 +184,7 @@ def audit(
         seed: of the random numbers.
         steps: gradient steps of each run of an attack.
         batch_size: samples in a batch.
-        console: where the progress bar goes; None shows none.
+        progress: called with the number of stages that are done, first with 0, and of all stages.
 
     Raises:
         ArgumentError: a model in training mode or not in float64, labels that are no classes, a radius or ε that is
@@ -212,16 +203,20 @@ def audit(
     logits = _logits(model, inputs, margin_lipschitz, eps, batch_size)
     prediction = logits.argmax(1)
     correct = (prediction == labels) & logits.isfinite().all(1)
-    with _progress(console, stages=4 + len(METHODS) * len(eps)) as tick:
-        subject = _Subject(model, inputs, prediction, radius, seed, steps, batch_size, tick)
-        refuted, at_radius = _attack_certified(subject)
-        robust, refuted_at_eps, at_eps = _attack_at(subject, correct, eps)
-        steepest = margin_ratio_lower_bound(
-            model, inputs, prediction, margin_lipschitz, seed=seed, batch_size=batch_size
-        )
-        tick()
-        boundary, rounding = _attack_boundary(subject, certify, margin_lipschitz)
-        room = _headroom(subject)
+    done, stages = itertools.count(), 4 + len(METHODS) * len(eps)
+
+    def tick() -> None:
+        if progress is not None:
+            progress(next(done), stages)
+
+    tick()
+    subject = _Subject(model, inputs, prediction, radius, seed, steps, batch_size, tick)
+    refuted, at_radius = _attack_certified(subject)
+    robust, refuted_at_eps, at_eps = _attack_at(subject, correct, eps)
+    steepest = margin_ratio_lower_bound(model, inputs, prediction, margin_lipschitz, seed=seed, batch_size=batch_size)
+    tick()
+    boundary, rounding = _attack_boundary(subject, certify, margin_lipschitz)
+    room = _headroom(subject)
     return Audit(
         samples=len(inputs),
         clean_accuracy=correct.double().mean().item(),
@@ -331,62 +326,3 @@ def _headroom(subject: _Subject) -> dict[float, float]:
     ratio = room / subject.radius[held]
     subject.tick()
     return {q: ratio.quantile(q, interpolation="nearest").item() for q in QUANTILES}
-
-
-@contextmanager
-def _progress(console: Console | None, stages: int) -> Iterator[Callable[[], None]]:
-    """A bar over the stages; gives what to call after each."""
-    columns = (TextColumn("auditing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=console is None, transient=True) as bar:
-        task = bar.add_task("audit", total=stages)
-        yield lambda: bar.advance(task)
-
-
-def audit_table(audit: Audit, title: str = "audit") -> Group:
-    """Two tables: accuracy at each ε, certified and under attack; what was tried against the certificates.
-
-    >>> audit = Audit(4, 1.0, (RobustAccuracy(0.5, 0.5, 0.75, 0.75),), 4, 0, 0.99, 56, 30, 0, 50, 9, {0.5: 1.2}, ())
-    >>> [table.row_count for table in audit_table(audit).renderables]
-    [1, 5]
-    """
-    accuracy = Table(
-        title=Text(printable(title), "table.title"), caption="accuracy in %; balls are not clipped to a range of pixels"
-    )
-    for heading in ("ε", "certified", "under PGD", "under APGD"):
-        accuracy.add_column(heading, justify="right", no_wrap=True)
-    for row in audit.rows:
-        accuracy.add_row(f"{row.eps:.4g}", *(f"{100 * share:.2f}" for share in (row.certified, row.pgd, row.apgd)))
-    checks = Table(caption="nothing was refuted" if audit.holds else "REFUTED: these certificates are not proofs")
-    for heading in ("against the certificates", "tried", "fallen"):
-        checks.add_column(heading, justify="left" if heading.startswith("against") else "right")
-    checks.add_row("certified points, attacked at their radius", str(audit.certified), str(audit.certified_fallen))
-    near = f"{audit.boundary_certified} of {audit.boundary}"
-    checks.add_row("points near the boundary with a radius: rounding", near, str(audit.boundary_fallen))
-    naive = f"{audit.naive_certified} of {audit.boundary}"
-    checks.add_row("for comparison: radii without rounding", naive, str(audit.naive_fallen))
-    checks.add_row(
-        "largest slope of a margin / its constant",
-        f"{audit.margin_ratio:.6f}",
-        "" if audit.margin_ratio <= 1 else "above 1",
-    )
-    for level, value in audit.headroom.items():
-        checks.add_row(f"headroom / radius, {100 * level:g} % quantile", f"{value:.4f}", "")
-    return Group(accuracy, checks)
-
-
-def audit_figure(audit: Audit, title: str = "", unit: str = "pixels in [0, 1]") -> Figure:
-    """Certified accuracy and accuracy under attack over ε, from the clean accuracy at 0."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    rows = sorted(audit.rows, key=lambda row: row.eps)
-    x = [0.0, *(row.eps for row in rows)]
-    for label, style, values in (
-        ("under PGD", "o-", [row.pgd for row in rows]),
-        ("under APGD", "o--", [row.apgd for row in rows]),  # often the same
-        ("certified", "o-", [row.certified for row in rows]),
-    ):
-        axes.plot(x, [100 * value for value in (audit.clean_accuracy, *values)], style, label=label)
-    axes.set(ylabel="accuracy (%)", ylim=(0, 100))
-    axes.grid(alpha=0.3)
-    label_plot(axes, title, unit)
-    return figure

@@ -68,6 +68,7 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def random_direction(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform on the unit sphere, one for each row."""
     return unit(torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator))
 
 

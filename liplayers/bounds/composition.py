@@ -152,13 +152,16 @@ def split_head(model: nn.Module, input_shape: Shape | None = None) -> HeadSplit:
     return head_splitter(model, input_shape)()
 
 
-def head_splitter(model: nn.Module, input_shape: Shape | None = None) -> Callable[[], HeadSplit]:
+def head_splitter(
+    model: nn.Module, input_shape: Shape | None = None, *, estimates: bool = False
+) -> Callable[[], HeadSplit]:
     """`split_head` of a model whose weights change, and nothing else: its structure is understood once.
 
     Args:
         model: any module whose parts are known.
         input_shape: of one input, without the batch dimension; needed where a bound depends on the image size, and
             where a forward method has to be traced.
+        estimates: whether layers say `lipschitz_estimate`, which proves nothing, instead of `lipschitz_bound`.
 
     Raises:
         UnknownBoundError: parts without a known bound, as `lipschitz_bound` finds them.
@@ -173,7 +176,7 @@ def head_splitter(model: nn.Module, input_shape: Shape | None = None) -> Callabl
     >>> before > 0.5, round(split().body_bound, 6)
     (True, 0.5)
     """
-    walk = _Walk(model, input_shape)
+    walk = _Walk(model, input_shape, estimates)
 
     def split() -> HeadSplit:
         walk.found.clear()
@@ -245,7 +248,8 @@ class _Walk:
         ShapeError: the model does not accept inputs of that shape, and nothing unknown is in the way.
     """
 
-    def __init__(self, model: nn.Module, input_shape: Shape | None) -> None:
+    def __init__(self, model: nn.Module, input_shape: Shape | None, estimates: bool = False) -> None:
+        self.estimates = estimates
         self.found: dict[str, float] = {}
         self.lower: dict[str, float] = {}
         self.parts: dict[str, _Part] = {}
@@ -286,7 +290,7 @@ class _Walk:
         if _is_ours(module):
             require_intact(module)
             module.check_parts()
-            part.compute = module.lipschitz_bound
+            part.compute = module.lipschitz_estimate if self.estimates else module.lipschitz_bound
         elif _is_container(module):
             require_intact(module, parts=False)
             names = {child: name for name, child in module.named_modules()}

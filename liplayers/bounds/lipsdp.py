@@ -18,13 +18,13 @@ Source: Fazlyab et al. 2019 (arXiv 1906.04893); for MaxMin, Pauli et al. 2024 (a
 
 from __future__ import annotations
 
-import importlib
 import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +40,8 @@ from liplayers.bounds.composition import (
 from liplayers.bounds.torch_modules import Shape, torch_bound
 from liplayers.core.intact import require_intact
 from liplayers.core.precision import executed
-from liplayers.errors import ArgumentError, MissingPackageError, Obstacle, ShapeError, UnknownBoundError
+from liplayers.errors import ArgumentError, Obstacle, ShapeError, UnknownBoundError
+from liplayers.extras import extra
 from liplayers.layers.bases.dense import LipschitzLinear
 from liplayers.linalg.norms import frobenius_norm
 from liplayers.linalg.verified import (
@@ -130,7 +131,8 @@ def lipsdp_bound(model: nn.Module, input_shape: Shape, *, max_size: int = 350) -
     True
     """
     start = time.perf_counter()
-    cvxpy, _ = (_package(name) for name in ("cvxpy", "scs"))
+    with extra("sdp"):
+        cvxpy, _ = map(import_module, ("cvxpy", "scs"))
     with torch.no_grad():
         factor, steps = _read(model, input_shape)
         size = _lmi_size(steps)
@@ -147,13 +149,6 @@ def lipsdp_bound(model: nn.Module, input_shape: Shape, *, max_size: int = 350) -
     product, bound = (_above(_scaled(value, exponent, math.inf) * factor, 1) for value in (norms, constant))
     claimed = _scaled(claimed, exponent, 0.0) * factor
     return LipSDP(min(product, bound), product, claimed, size, time.perf_counter() - start)
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise MissingPackageError(f"{name} is not installed: pip install 'liplayers[sdp]'") from None
 
 
 def _above(x: float, roundings: int) -> float:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from liplayers.certification.network import CertifiedNetwork
 from liplayers.certification.radius import certified_accuracy
 from liplayers.errors import DataError, ShapeError
 
-__all__ = ["PROGRESS_FROM", "Certificates", "certify"]
-
-PROGRESS_FROM = 2000  # samples; shorter sets are done before a bar is read
+__all__ = ["Certificates", "certify"]
 
 
 @dataclass(frozen=True)
@@ -65,8 +61,7 @@ def certify(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     input_range: tuple[float, float] | None = (0.0, 1.0),
-    total: int | None = None,
-    console: Console | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Certificates:
     """Certify the prediction of each sample.
 
@@ -75,8 +70,7 @@ def certify(
         batches: (inputs, labels). Certified are the float64 numbers that the inputs stand for; labels are class
             numbers, integers (N,).
         input_range: what every input must lie within; None for any finite number.
-        total: number of samples, for the progress bar.
-        console: where the progress bar goes; None shows none.
+        progress: called after each batch with the number of samples that are done.
 
     Raises:
         ShapeError: inputs of another shape than the network's, logits of another size than its classes.
@@ -87,18 +81,8 @@ def certify(
     torch.Size([3])
     """
     columns: list[list[Tensor]] = [[], [], [], []]
-    bar = Progress(
-        TextColumn("certifying"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=console is None or total is None or total < PROGRESS_FROM,
-        transient=True,
-    )
-    with bar, torch.no_grad():
-        task = bar.add_task("certify", total=total)
-        done = 0
+    done = 0
+    with torch.no_grad():
         for inputs, labels in batches:
             _check_inputs(inputs, network.input_shape, input_range, done)
             labels = _classes(labels, len(inputs), network.num_classes, done)
@@ -109,7 +93,8 @@ def certify(
             for column, value in zip(columns, (labels, prediction, best[:, 0] - best[:, 1], radius), strict=True):
                 column.append(value)
             done += len(inputs)
-            bar.update(task, completed=done)
+            if progress is not None:
+                progress(done)
     if not done:
         raise DataError("no samples to certify: the data set is empty")
     return Certificates(*(torch.cat(column) for column in columns))

@@ -14,10 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 import liplayers
@@ -25,8 +21,15 @@ from liplayers.certification.evaluate import Certificates
 from liplayers.certification.network import CertifiedNetwork
 from liplayers.certification.radius import parse_radius
 from liplayers.errors import OutputError
+from liplayers.extras import extra
 from liplayers.files import held, save_tensors
 from liplayers.text import printable
+
+with extra("train"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+    from rich.text import Text
 
 __all__ = [
     "CSV_HEADER",

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from liplayers.audit.audit import Audit, audit_figure, audit_table
+from liplayers.audit.audit import Audit
 from liplayers.audit.audit import audit as audit_network
+from liplayers.audit.report import audit_figure, audit_table
 from liplayers.certification import parse_radius
 from liplayers.certification import report as reports
 from liplayers.cli.proving import Certified
-from liplayers.commands.output import console, say
+from liplayers.commands.output import console, progress_bar, say
 from liplayers.errors import RefutedError
 
 __all__ = ["audit"]
@@ -28,16 +29,17 @@ def audit(name: str, one: Certified, samples: int, eps: list[float | str], folde
     network = one.network
     inputs, labels = _first(one, samples)
     title, unit = f"{one.data.name} ({one.report['data']['split']})", one.data.unit
-    found = audit_network(
-        network,
-        inputs.to(network.device, torch.float64),
-        labels.to(network.device),
-        one.certificates.radius[: len(inputs)].to(network.device),
-        margin_lipschitz=network.margin_lipschitz.to(network.device),
-        certify=lambda x: network.radius(x).to(x.device),
-        eps=[parse_radius(e) for e in eps],
-        console=console,
-    )
+    with progress_bar("auditing") as progress:
+        found = audit_network(
+            network,
+            inputs.to(network.device, torch.float64),
+            labels.to(network.device),
+            one.certificates.radius[: len(inputs)].to(network.device),
+            margin_lipschitz=network.margin_lipschitz.to(network.device),
+            certify=lambda x: network.radius(x).to(x.device),
+            eps=[parse_radius(e) for e in eps],
+            progress=progress,
+        )
     files = {
         "audit.json": reports.json_writer(found.summary()),
         "audit.png": reports.figure_writer(audit_figure(found, f"{title}, {name}", unit)),

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, get_args, get_type_hints
 
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from torch import nn
 
 from liplayers.certification import parse_radius
 from liplayers.checkpoint import Checkpoint
 from liplayers.commands.quoting import hydra_override
-from liplayers.errors import ArgumentError, CheckpointError, ConfigError, LipschitzError
+from liplayers.data import DataModule, Source
+from liplayers.errors import ArgumentError, CheckpointError, ConfigError, LipschitzError, UnknownNameError
 from liplayers.text import one_line
 
 __all__ = [
     "DEEPEST",
     "LAYERS",
+    "RENAMED",
     "TRUSTED",
     "UNASKED",
     "build",
+    "build_data",
     "check_config",
     "flag",
     "integer",
@@ -35,9 +39,20 @@ __all__ = [
 ]
 
 # the packages whose public names a checkpoint's config may call
-TRUSTED = ("liplayers.models", "liplayers.data", "liplayers.losses", "liplayers.training", "torch.optim", "lightning")
+TRUSTED = (
+    "liplayers.models",
+    "liplayers.data",
+    "liplayers.losses",
+    "liplayers.training",
+    "torch.optim",
+    "lightning",
+    "benchmarks.uci.data",
+)
 LAYERS = ("liplayers", "liplayers.layers")  # where a config may name a layer; of these packages nothing else
 DEEPEST = 30  # a config within another; omegaconf recurses, and Python stops that somewhere below 400
+
+# targets in the configs of older checkpoints, and what they are called now
+RENAMED = {"liplayers.data.UCIData": "benchmarks.uci.data.UCI"}
 
 # settings of data that fetch or write files, as they are where a checkpoint alone asks for more
 UNASKED: dict[str, Any] = {"download": False, "cache": None}
@@ -57,6 +72,57 @@ def build(node: DictConfig, **arguments: Any) -> Any:
         if cause is not None:
             raise cause from None
         raise ConfigError(f"{node.get('_target_')}: {one_line(error.__cause__ or error)}") from None
+
+
+def build_data(node: DictConfig) -> DataModule:
+    """Build the data: of a data module's config, or of a source's, whose node has the settings of `DataModule`, too.
+
+    A setting that both have goes to both.
+    """
+    if not isinstance(node, DictConfig):
+        return build(node)
+    name = str(node.get("_target_"))
+    target = RENAMED.get(name, name)
+    _check_found(target)
+    try:
+        source = get_object(target)
+    except Exception:  # `build` says why
+        source = None
+    if not (inspect.isclass(source) and issubclass(source, Source)):
+        data = build(node)
+        if not isinstance(data, DataModule):
+            path = node._get_full_key(None)
+            raise ConfigError(f"{path}: makes {type(data).__name__}; expected _target_ of a Source or a DataModule")
+        return data
+    own, general = inspect.signature(source).parameters, inspect.signature(DataModule).parameters.keys() - {"source"}
+    for key in node:
+        if key not in {*own, *general} and not str(key).startswith("_"):
+            raise UnknownNameError.of(f"setting of {target}", str(key), {*own, *general})
+    make = build(_part(node, general, "liplayers.data.DataModule"), _partial_=True)
+    return make(build(_part(node, own, target)))
+
+
+def _check_found(target: str) -> None:
+    """Raise where a part of the benchmarks is called, and liplayers is installed without them."""
+    module = target.rpartition(".")[0]
+    if not module.startswith("benchmarks."):
+        return
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("benchmarks"):
+            raise
+        raise ConfigError(f"{target}: comes with a clone of the repository only; run the command there") from None
+
+
+def _part(node: DictConfig, keys: Collection[str], target: str) -> DictConfig:
+    """A node with these of its settings alone, which are called what they were."""
+    part = copy.deepcopy(node)
+    with open_dict(part):
+        part["_target_"] = target
+        for key in [key for key in part if key not in keys and not str(key).startswith("_")]:
+            del part[key]
+    return part
 
 
 def _check_texts(node: DictConfig) -> None:
@@ -94,12 +160,14 @@ def literal(value: str) -> str:
 
 
 def flag(name: str, value: Any) -> bool:
+    """A setting that is true or false, or a ConfigError that names it."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name}={value!r}: expected true or false")
     return value
 
 
 def integer(name: str, value: Any, least: int | None = None) -> int:
+    """A setting that is an integer, of at least `least`, or a ConfigError that names it."""
     if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
         raise ConfigError(f"{name}={value!r}: expected an integer{'' if least is None else f' of at least {least}'}")
     return value
@@ -173,11 +241,13 @@ def _short(value: Any) -> str:
 
 
 def _check_target(checkpoint: Checkpoint, target: str, packages: Sequence[str]) -> None:
+    target = RENAMED.get(target, target)
     package = target.split(".")[0]
     if package in packages:
         return
     module, _, name = target.rpartition(".")
     if module in (*TRUSTED, *LAYERS):
+        _check_found(target)
         found = getattr(importlib.import_module(module), name, None)
         origin = getattr(found, "__module__", "")
         if module in TRUSTED and callable(found) and origin.startswith(module):
@@ -194,4 +264,5 @@ def _check_target(checkpoint: Checkpoint, target: str, packages: Sequence[str]) 
 
 
 def plain(node: DictConfig) -> Any:
+    """A part of a config as dicts and lists, references resolved."""
     return OmegaConf.to_container(node, resolve=True)

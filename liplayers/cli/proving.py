@@ -15,12 +15,14 @@ from liplayers.certification import Certificates, CertifiedNetwork
 from liplayers.certification import certify as certify_network
 from liplayers.certification import report as reports
 from liplayers.checkpoint import Checkpoint
-from liplayers.cli.configuration import build, check_config, plain, unasked
-from liplayers.commands.output import console, say
-from liplayers.data.base import DataModule
+from liplayers.cli.configuration import build, build_data, check_config, plain, unasked
+from liplayers.commands.output import console, progress_bar, say
+from liplayers.data import DataModule
 from liplayers.errors import CheckpointError, ConfigError, UnknownNameError
 
 __all__ = ["Certified", "certify_one"]
+
+PROGRESS_FROM = 2000  # samples; shorter sets are done before a bar is read
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,7 @@ def certify_one(
     device = _device(cfg.device)
     check_config(checkpoint, checkpoint.config, cfg.allow)
     data_config = _data_config(checkpoint, cfg)
-    data = build(OmegaConf.create({"data": data_config}).data)  # errors name `data.root`
-    if not isinstance(data, DataModule):
-        raise CheckpointError(f"{checkpoint.path}: its config makes no data module; train again")
-    data.setup()
+    data = build_data(OmegaConf.create({"data": data_config}).data)  # errors name `data.root`
     split = data.split(cfg.data.split)
     if tuple(data.class_names) != checkpoint.class_names:
         raise ConfigError(
@@ -57,13 +56,9 @@ def certify_one(
     checkpoint.load_into(model)
     with console.status("proving the bounds of the layers"):
         network = CertifiedNetwork(model, shape, classes, mode=cfg.mode, device=device, weights=weights)
-    certificates = certify_network(
-        network,
-        data.eval_loader(cfg.data.split),
-        input_range=data.input_range,
-        total=len(split),
-        console=console,
-    )
+    with progress_bar("certifying", len(split), shown=len(split) >= PROGRESS_FROM) as progress:
+        batches = data.eval_loader(cfg.data.split)
+        certificates = certify_network(network, batches, input_range=data.input_range, progress=progress)
     if data.scaling is not None:
         radius = data.scaling.radius(certificates.radius, split.inputs)
         certificates = replace(certificates, radius=radius)

@@ -22,7 +22,7 @@ from liplayers.certification import parse_radius
 from liplayers.checkpoint import Checkpoint, load_checkpoint
 from liplayers.cli.composing import GROUPS as GROUPS
 from liplayers.cli.composing import resumed
-from liplayers.cli.configuration import UNASKED, build, flag, integer, plain, radii, text
+from liplayers.cli.configuration import UNASKED, build, build_data, flag, integer, plain, radii, text
 from liplayers.commands.output import say
 from liplayers.commands.quoting import command, hydra_override
 from liplayers.data import DataModule
@@ -133,12 +133,12 @@ def _validates(trainer: DictConfig, data: DataModule) -> bool:
 
 
 def _data(cfg: DictConfig) -> DataModule:
-    data = build(cfg.data)
+    data = build_data(cfg.data)
     data.setup()
     if cfg.extra is not None:
         if not isinstance(cfg.extra, DictConfig) or set(cfg.extra) != {"data", "share"}:
             raise ConfigError(f"extra={cfg.extra}: expected {{data: {{_target_: …}}, share: 0.3}}")
-        data.mix(build(cfg.extra.data), cfg.extra.share)
+        data.mix(build_data(cfg.extra.data), cfg.extra.share)
     data.on_device = bool(cfg.data_on_device)
     return data
 

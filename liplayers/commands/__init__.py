@@ -3,7 +3,38 @@
 Nothing here imports torch, which takes seconds, before there is something to do; what is done is in `cli`.
 """
 
-from liplayers.commands.entry import audit_command as audit_command
-from liplayers.commands.entry import certify_command as certify_command
-from liplayers.commands.entry import front_command as front_command
-from liplayers.commands.entry import train_command as train_command
+import sys
+from types import ModuleType
+
+from liplayers.errors import MissingPackageError
+from liplayers.extras import extra
+
+
+def train_command() -> None:
+    """`python train.py` and `liplayers-train`."""
+    _entry().train_command()
+
+
+def certify_command() -> None:
+    """`python certify.py` and `liplayers-certify`."""
+    _entry().certify_command()
+
+
+def audit_command() -> None:
+    """`liplayers-audit`: certify, then attack what was certified."""
+    _entry().audit_command()
+
+
+def front_command() -> int:
+    """`liplayers-front`."""
+    return _entry().front_command()
+
+
+def _entry() -> ModuleType:
+    """What the commands are, where the packages are there; else one line, and exit status 1."""
+    try:
+        with extra("train"):
+            from liplayers.commands import entry
+    except MissingPackageError as error:
+        sys.exit(f"error: {error}")
+    return entry

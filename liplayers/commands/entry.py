@@ -21,7 +21,8 @@ from yaml import YAMLError
 from liplayers.commands.help import config_folder, help_text
 from liplayers.commands.output import forgiving
 from liplayers.commands.quoting import hydra_override
-from liplayers.errors import ConfigError, LipschitzError, UnknownNameError
+from liplayers.errors import ConfigError, LipschitzError, MissingPackageError, UnknownNameError
+from liplayers.extras import extra
 from liplayers.text import one_line
 
 __all__ = ["audit_command", "certify_command", "front_command", "front_options", "run", "train_command"]
@@ -51,12 +52,16 @@ def front_command() -> int:
     """`liplayers-front`."""
     with forgiving():
         front_options()  # answers --help, and says what is wrong, before pandas and torch are imported
-        from liplayers.cli.front import main
-
+        try:
+            with extra("train"):
+                from liplayers.cli.front import main
+        except MissingPackageError as error:
+            _fail(error)
         return main()
 
 
 def front_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of `liplayers-front`."""
     parser = argparse.ArgumentParser(
         prog="liplayers-front", description="Clean against certified accuracy of the runs of a sweep."
     )
@@ -80,6 +85,8 @@ def _certify(cfg: DictConfig) -> Any:
 
 def run(config_name: str, task: Callable[[DictConfig], Any], fixed: Sequence[str] = ()) -> None:
     """Run a task under hydra; an error that we or the user's config caused is one line and exit status 2.
+
+    A package that is missing makes it 1.
 
     Args:
         fixed: overrides that the task makes itself, for `--help`.
@@ -157,7 +164,7 @@ def _bad_flags(message: str) -> NoReturn:
 def _fail(error: BaseException) -> NoReturn:
     with suppress(OSError):  # nobody may be reading
         sys.stderr.write(f"error: {one_line(error)}\n")
-    sys.exit(2)
+    sys.exit(1 if isinstance(error, MissingPackageError) else 2)
 
 
 def _config_error(error: Exception, config_name: str) -> Exception:

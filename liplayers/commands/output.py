@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from liplayers.text import printable
 
-__all__ = ["ForgivingOutput", "console", "forgiving", "say"]
+__all__ = ["ForgivingOutput", "console", "forgiving", "progress_bar", "say"]
 
 
 class ForgivingOutput(io.TextIOBase):
@@ -95,3 +96,12 @@ console = Console(file=cast(IO[str], ForgivingOutput()), markup=False, emoji=Fal
 def say(line: object) -> None:
     """Print one line, however long."""
     console.print(printable(line), soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(doing: str, total: int | None = None, shown: bool = True) -> Iterator[Callable[..., None]]:
+    """A bar while this lasts; gives what to call with how much is done and, where `total` is not known, of how much."""
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
+        task = bar.add_task(doing, total=total)
+        yield lambda done, total=total: bar.update(task, completed=done, total=total)

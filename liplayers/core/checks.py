@@ -50,6 +50,7 @@ def check_shape(owner: object, name: str, value: Tensor, expected: Sequence[int]
 
 
 def check_share(owner: object, name: str, value: float, low: float, high: float) -> None:
+    """Raise ArgumentError unless a number lies within [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise ArgumentError(f"{type(owner).__name__}: {name}={value!r}; expected a number from {low:g} to {high:g}")
 

@@ -88,6 +88,10 @@ class LipschitzModule(SettledModule):
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement lipschitz_bound()")
 
+    def lipschitz_estimate(self) -> float | Tensor:
+        """What training takes for the bound: no proof, but cheap and tight, and differentiable where it is a tensor."""
+        return self.lipschitz_bound()
+
     def check_parts(self) -> None:
         """Raise ArgumentError or UnknownBoundError where its parts allow no bound now; no norm is computed."""
 

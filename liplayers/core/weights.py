@@ -114,7 +114,7 @@ class ParametrizedModule(LipschitzModule):
     Attributes:
         has_weight: whether the weight is one dense tensor as torch's layers have it.
         run_as_they_are: names of parameters that are not mapped.
-        constant_bound: whether the bound is the same whatever the raw parameters are.
+        constant_estimate: whether `lipschitz_estimate` is the same whatever the raw parameters are.
         range_exponent: raw entries below tiny**range_exponent, with tiny the least normal number, count as zero, and
             those above its inverse count as the inverse.
     """
@@ -122,7 +122,7 @@ class ParametrizedModule(LipschitzModule):
     has_weight = False
     run_as_they_are: frozenset[str] = frozenset({"bias", "hidden_bias"})
     raw: nn.Parameter
-    constant_bound = True
+    constant_estimate = True
     range_exponent = 0.4
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:

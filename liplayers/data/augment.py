@@ -11,7 +11,10 @@ from torch.nn.functional import pad
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as images_v2
 
+from liplayers.core.checks import check_positive, check_share
 from liplayers.errors import ArgumentError, ShapeError
+
+__all__ = ["ColorJitter", "RandAugment", "RandomHorizontalFlip", "RandomShift"]
 
 
 def _draw_device(images: Tensor, generator: Generator | None) -> torch.device:
@@ -22,11 +25,6 @@ def _draw_device(images: Tensor, generator: Generator | None) -> torch.device:
 def _check_batch(images: Tensor, where: str) -> None:
     if images.ndim != 4:
         raise ShapeError(f"{where}: expected a batch (N, C, H, W), got shape {tuple(images.shape)}")
-
-
-def _check_probability(p: float, where: str) -> None:
-    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
-        raise ArgumentError(f"{where}: p must be a probability within [0, 1], got {p!r}")
 
 
 class RandomShift(nn.Module):
@@ -90,7 +88,7 @@ class RandomHorizontalFlip(nn.Module):
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        _check_probability(p, "RandomHorizontalFlip")
+        check_share(self, "p", p, 0, 1)
         self.p = float(p)
 
     def forward(self, images: Tensor, generator: Generator | None = None) -> Tensor:
@@ -110,7 +108,9 @@ class ColorJitter(nn.Module):
     a fixed order. Factors are uniform on max(0, 1 − x) … 1 + x. Grey images (one channel) have no saturation to change.
 
     Args:
-        brightness, contrast, saturation: the largest change x of each factor, at least 0; 0 changes nothing.
+        brightness: the largest change x of the factor of brightness, at least 0; 0 changes nothing.
+        contrast: likewise, of contrast.
+        saturation: likewise, of saturation.
 
     Raises:
         ArgumentError: a change that is not a number of at least 0.
@@ -222,11 +222,9 @@ class RandAugment(nn.Module):
 
     def __init__(self, num_ops: int = 2, magnitude: float = 0.3, p: float = 1.0) -> None:
         super().__init__()
-        if isinstance(num_ops, bool) or not isinstance(num_ops, int) or num_ops < 1:
-            raise ArgumentError(f"RandAugment: num_ops must be an integer of at least 1, got {num_ops!r}")
-        if isinstance(magnitude, bool) or not isinstance(magnitude, int | float) or not 0 <= magnitude <= 1:
-            raise ArgumentError(f"RandAugment: magnitude must be a number within [0, 1], got {magnitude!r}")
-        _check_probability(p, "RandAugment")
+        check_positive(self, num_ops=num_ops)
+        check_share(self, "magnitude", magnitude, 0, 1)
+        check_share(self, "p", p, 0, 1)
         self.num_ops, self.magnitude, self.p = num_ops, float(magnitude), float(p)
 
     def forward(self, images: Tensor, generator: Generator | None = None) -> Tensor:

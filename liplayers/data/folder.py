@@ -18,11 +18,12 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
 
-from liplayers.data.base import Loaded, Split
-from liplayers.data.images import ImageDataModule
+from liplayers.data.source import ImageSource, Loaded
+from liplayers.data.split import Split
 from liplayers.errors import ArgumentError, DataError, DataNotFoundError, OutputError
+
+__all__ = ["ImageFolder"]
 
 _EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # The formats of these endings. Pillow knows more, some of which start other programs: PostScript starts Ghostscript.
@@ -321,7 +322,7 @@ def _checked_size(image_size: int | Sequence[int] | None) -> tuple[int, int] | N
     return size[0], size[1]
 
 
-class ImageFolderData(ImageDataModule):
+class ImageFolder(ImageSource):
     """Image files in the layout root/{train,test}/<class>/…, as torchvision's ImageFolder reads it.
 
     Everything is decoded once (large images by several threads) into one uint8 tensor for each split. Images keep one
@@ -346,14 +347,12 @@ class ImageFolderData(ImageDataModule):
         test: the name of the folder of test images under `root`.
         cache: a folder for the decoded images; None to decode each time.
 
-    The other arguments are those of `DataModule`.
-
     Raises:
         ArgumentError: an argument out of range.
-        DataNotFoundError: from `setup`, when the root or a split's folder is absent.
-        DataError: from `setup`, when there are no images, the classes of the splits differ, an image cannot be read or
+        DataNotFoundError: from `load`, when the root or a split's folder is absent.
+        DataError: from `load`, when there are no images, the classes of the splits differ, an image cannot be read or
             has more than 8 bits a channel, the sizes differ, or a link leads to a folder again.
-        OutputError: from `setup`, when the cache cannot be written.
+        OutputError: from `load`, when the cache cannot be written.
     """
 
     def __init__(
@@ -363,20 +362,7 @@ class ImageFolderData(ImageDataModule):
         train: str = "train",
         test: str = "test",
         cache: str | Path | None = None,
-        *,
-        batch_size: int = 256,
-        eval_batch_size: int = 1000,
-        val_fraction: float = 0.1,
-        augment: Sequence[nn.Module] = (),
-        seed: int = 0,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_fraction=val_fraction,
-            augment=augment,
-            seed=seed,
-        )
         self.root = Path(root)
         self.image_size = _checked_size(image_size)
         self.train = train

@@ -6,16 +6,17 @@ import math
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from liplayers.data.base import Loaded, Split
-from liplayers.data.images import ImageDataModule
+from liplayers.data.source import ImageSource, Loaded
+from liplayers.data.split import Split
 from liplayers.errors import DataError, DataNotFoundError
+
+__all__ = ["Npz"]
 
 # A label above both this and the number of samples is taken for a mistake, not for so many classes.
 _MOST_CLASSES = 1000
@@ -121,7 +122,7 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-class NpzData(ImageDataModule):
+class Npz(ImageSource):
     """Two `.npz` files, each with `images` (N, C, H, W), uint8 or float in [0, 1], and integer `labels` (N,).
 
     Images of float64 are certified as they are; training rounds them to float32.
@@ -133,41 +134,21 @@ class NpzData(ImageDataModule):
         train: the file of training samples.
         test: the file of test samples.
 
-    The other arguments are those of `DataModule`.
-
     Raises:
-        DataNotFoundError: from `setup`, when a file is absent.
-        DataError: from `setup`, when a file is not an archive or truncated, lacks an array, or holds images or labels
+        DataNotFoundError: from `load`, when a file is absent.
+        DataError: from `load`, when a file is not an archive or truncated, lacks an array, or holds images or labels
             that cannot be used.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> for name in ("train", "test"):
     ...     np.savez(folder / f"{name}.npz", images=np.zeros((20, 1, 4, 4), np.uint8), labels=np.arange(20) % 2)
-    >>> data = NpzData(folder / "train.npz", folder / "test.npz", batch_size=5)
-    >>> data.setup()
-    >>> data.input_shape, data.num_classes
-    ((1, 4, 4), 2)
+    >>> loaded = Npz(folder / "train.npz", folder / "test.npz").load()
+    >>> loaded.train.input_shape, loaded.class_names
+    ((1, 4, 4), ('0', '1'))
     """
 
-    def __init__(
-        self,
-        train: str | Path,
-        test: str | Path,
-        *,
-        batch_size: int = 256,
-        eval_batch_size: int = 1000,
-        val_fraction: float = 0.1,
-        augment: Sequence[nn.Module] = (),
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_fraction=val_fraction,
-            augment=augment,
-            seed=seed,
-        )
+    def __init__(self, train: str | Path, test: str | Path) -> None:
         self.train = Path(train)
         self.test = Path(test)
         self.name = self.train.stem

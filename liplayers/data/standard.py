@@ -3,45 +3,28 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from torch import nn
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 
-from liplayers.data.base import Loaded, Split
-from liplayers.data.images import ImageDataModule
+from liplayers.data.source import ImageSource, Loaded
+from liplayers.data.split import Split
 from liplayers.errors import DataError, DataNotFoundError
+
+__all__ = ["CIFAR10", "CIFAR100", "MNIST"]
 
 # What torchvision's readers raise on files that are not what they should be.
 _UNREADABLE = (AssertionError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
-class _TorchvisionData(ImageDataModule):
+class _TorchvisionSource(ImageSource):
     """A benchmark under `root`, downloaded there only on request."""
 
-    def __init__(
-        self,
-        root: str | Path = "data",
-        download: bool = False,
-        *,
-        batch_size: int = 256,
-        eval_batch_size: int = 1000,
-        val_fraction: float = 0.1,
-        augment: Sequence[nn.Module] = (),
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_fraction=val_fraction,
-            augment=augment,
-            seed=seed,
-        )
+    def __init__(self, root: str | Path = "data", download: bool = False) -> None:
         self.root = Path(root)
         self.download = download
 
@@ -69,8 +52,7 @@ class _TorchvisionData(ImageDataModule):
                 "data.download=true"
             )
 
-    def prepare_data(self) -> None:
-        """Downloads, when asked to: Lightning calls this on one process before `setup` on all."""
+    def prepare(self) -> None:
         if not self.download:
             return
         try:
@@ -80,7 +62,7 @@ class _TorchvisionData(ImageDataModule):
             raise DataError(f"{self.name}: download into {self.root} failed: {reason}") from None
 
     def load(self) -> Loaded:
-        self.prepare_data()
+        self.prepare()
         self._check_files()
         try:
             return Loaded(train=self._read(train=True), test=self._read(train=False), class_names=self._class_names())
@@ -94,18 +76,16 @@ class _TorchvisionData(ImageDataModule):
     def _class_names(self) -> tuple[str, ...]: ...
 
 
-class MNIST(_TorchvisionData):
+class MNIST(_TorchvisionSource):
     """MNIST: 60,000 + 10,000 grey images 1 × 28 × 28 of handwritten digits, ten classes.
 
     Args:
         root: the folder that holds `MNIST/raw/train-images-idx3-ubyte` and the other three files.
         download: fetch the files when they are absent.
 
-    The other arguments are those of `DataModule`.
-
     Raises:
-        DataNotFoundError: from `setup`, when files are absent.
-        DataError: from `setup`, when files are truncated or corrupt.
+        DataNotFoundError: from `load`, when files are absent.
+        DataError: from `load`, when files are truncated or corrupt.
 
     Source: LeCun et al., Gradient-based learning applied to document recognition, 1998.
     """
@@ -133,7 +113,7 @@ class MNIST(_TorchvisionData):
         return tuple("0123456789")
 
 
-class _CIFAR(_TorchvisionData):
+class _CIFAR(_TorchvisionSource):
     _source: type[torchvision.datasets.CIFAR10]
 
     @property
@@ -177,11 +157,9 @@ class CIFAR10(_CIFAR):
         root: the folder that holds `cifar-10-batches-py/data_batch_1` and the other six files.
         download: fetch the files when they are absent or damaged.
 
-    The other arguments are those of `DataModule`.
-
     Raises:
-        DataNotFoundError: from `setup`, when files are absent.
-        DataError: from `setup`, when the md5 of a file is wrong.
+        DataNotFoundError: from `load`, when files are absent.
+        DataError: from `load`, when the md5 of a file is wrong.
 
     Source: Krizhevsky, Learning multiple layers of features from tiny images, 2009.
     """
@@ -200,11 +178,9 @@ class CIFAR100(_CIFAR):
         root: the folder that holds `cifar-100-python/train`, `test` and `meta`.
         download: fetch the files when they are absent or damaged.
 
-    The other arguments are those of `DataModule`.
-
     Raises:
-        DataNotFoundError: from `setup`, when files are absent.
-        DataError: from `setup`, when the md5 of a file is wrong.
+        DataNotFoundError: from `load`, when files are absent.
+        DataError: from `load`, when the md5 of a file is wrong.
 
     Source: Krizhevsky, Learning multiple layers of features from tiny images, 2009.
     """

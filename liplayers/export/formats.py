@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liplayers.bounds.torch_modules import Shape
 from liplayers.core.weights import ParametrizedModule
-from liplayers.errors import ArgumentError, ExportError, LipschitzError, MissingPackageError, OutputError
+from liplayers.errors import ArgumentError, ExportError, LipschitzError, OutputError
+from liplayers.extras import extra
 
 __all__ = ["export_onnx", "export_program", "export_safetensors"]
 
@@ -72,7 +72,8 @@ def export_onnx(frozen: nn.Module, path: str | Path, input_shape: Shape) -> None
         ExportError: it cannot be exported, or ONNX Runtime computes something else.
         OutputError: the file cannot be written.
     """
-    runtime, _, _ = (_package(name) for name in ("onnxruntime", "onnx", "onnxscript"))
+    with extra("export"):
+        runtime, _, _ = map(import_module, ("onnxruntime", "onnx", "onnxscript"))
     program = export_program(frozen, input_shape)
     with _refusals("ONNX cannot express this model"):
         exported = torch.onnx.export(program, dynamo=True, input_names=["x"], output_names=["y"], verbose=False)
@@ -101,12 +102,13 @@ def export_safetensors(frozen: nn.Module, path: str | Path) -> None:
         ExportError: the file holds something else.
         OutputError: the file cannot be written.
     """
-    safetensors = _package("safetensors.torch")
+    with extra("export"):
+        from safetensors.torch import load_file, save_file
     _check_frozen(frozen)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in frozen.state_dict().items()}
     with _written(path) as temporary:
-        safetensors.save_file(tensors, temporary)
-        read = safetensors.load_file(temporary)
+        save_file(tensors, temporary)
+        read = load_file(temporary)
         if read.keys() != tensors.keys() or not all(_same(read[name], t) for name, t in tensors.items()):
             raise ExportError(f"safetensors: {path} does not hold the weights that were written")
 
@@ -120,14 +122,6 @@ def _check_frozen(model: nn.Module) -> None:
         if isinstance(module, ParametrizedModule) or module.training:
             state = "in training mode" if module.training else "not frozen"
             raise ArgumentError(f"{path or 'the model'} ({type(module).__name__}): it is {state}; export freeze(model)")
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.partition(".")[0]
-        raise MissingPackageError(f"{package} is not installed: pip install 'liplayers[export]'") from None
 
 
 @contextmanager

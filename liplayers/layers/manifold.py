@@ -56,7 +56,7 @@ class ManifoldModule(ParametrizedModule, abstract=True):
     """
 
     manifold_names: tuple[str, ...] = ("raw",)
-    constant_bound = False
+    constant_estimate = False
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)

@@ -33,7 +33,7 @@ class NormalizedLinear(LipschitzLinear):
     True
     """
 
-    constant_bound = False
+    constant_estimate = False
     range_exponent = 0.8  # nothing is squared here
 
     def __init__(

@@ -16,7 +16,7 @@ from torch import Tensor
 from liplayers.core.checks import Size2d
 from liplayers.core.registry import Family, register
 from liplayers.layers.bases.kernel import KernelConv2d, LipschitzConvTranspose2d
-from liplayers.linalg.convolution import overlap, polyphase, symbol_norm_bound
+from liplayers.linalg.convolution import overlap, polyphase, symbol_norm_estimate
 from liplayers.linalg.orthogonal import cholesky_orthogonal
 from liplayers.linalg.stiefel import nearest_orthogonal
 
@@ -84,6 +84,19 @@ class RKOConv2d(KernelConv2d):
         """The kernel matrices (groups, out, in·kh·kw) with orthonormal rows or columns."""
         return cholesky_orthogonal(matrix)
 
+    @property
+    def _disjoint(self) -> bool:
+        """Whether no two patches of the kernel overlap: its norm is then that of the kernel matrix."""
+        sizes = zip(self.kernel_size, self.stride, self.dilation, strict=True)
+        return math.prod([overlap(*size) for size in sizes]) == 1
+
+    def lipschitz_bound(self) -> float:
+        """1 for patches; else the proven norm of the kernel that runs."""
+        return super().lipschitz_bound() if self._disjoint else self.proven_norm()
+
+    def lipschitz_estimate(self) -> float:
+        return 1.0
+
     def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
         """The polar factor of each kernel matrix."""
         matrices = rearrange(weight, "(g o) i a b -> g o (i a b)", g=self.groups)
@@ -91,13 +104,11 @@ class RKOConv2d(KernelConv2d):
 
     def map_weight(self, raw: Tensor) -> Tensor:
         kernel = self.orthogonalise(rearrange(raw, "(g o) i a b -> g o (i a b)", g=self.groups)).reshape(raw.shape)
-        sizes = zip(self.kernel_size, self.stride, self.dilation, strict=True)
-        factor = math.sqrt(math.prod([overlap(*size) for size in sizes]))
-        if factor == 1:
+        if self._disjoint:
             return kernel
         groups = rearrange(kernel, "(g o) i a b -> g o i a b", g=self.groups)
-        bound = symbol_norm_bound(polyphase(groups, self.stride, self.dilation))
-        kernel = groups / rearrange(torch.where(bound > 0, bound.clamp_max(factor), 1), "g -> g 1 1 1 1")
+        norm = symbol_norm_estimate(polyphase(groups, self.stride, self.dilation))
+        kernel = groups / rearrange(torch.where(norm > 0, norm, 1), "g -> g 1 1 1 1")
         return rearrange(kernel, "g o i a b -> (g o) i a b")
 
 

@@ -230,7 +230,7 @@ class LBDN(DenseLMIBlock):
         if not isinstance(learnable, bool):
             raise ArgumentError(f"LBDN: learnable={learnable!r}; expected True or False")
         self.learnable = learnable
-        self.constant_bound = not learnable
+        self.constant_estimate = not learnable
         for i, (old, new) in enumerate(pairwise(self.sizes), 1):
             self.register_parameter(
                 "raw" if i == 1 else f"raw_{i}", self.new_parameter((new, new + old), device, dtype)

@@ -47,7 +47,7 @@ def bronet(
     head: LayerChoice = "normalized",
     mean: float = 0.5,
 ) -> nn.Sequential:
-    """Stem, `depth` 3 × 3 convolutions, each after subtract_mean, a convolution of patches 4 × 4, dense layers, head.
+    """Stem, `depth` 3 × 3 convolutions, each after `BatchCentering`, one of patches 4 × 4, dense layers, head.
 
     Residual blocks may come before the convolutions. The defaults are BRONet-L on CIFAR (68.8M parameters).
 

@@ -46,7 +46,7 @@ def liresnet(
     head: LayerChoice = "normalized",
     mean: float = 0.5,
 ) -> nn.Sequential:
-    """Stem, `depth` residual blocks, each after subtract_mean, a convolution of patches 4 × 4, dense layers, head.
+    """Stem, `depth` residual blocks, each after `BatchCentering`, a convolution of patches 4 × 4, dense layers, head.
 
     The defaults are the network of 2024 on CIFAR (82.9M parameters); channels=256, depth=18, dense=0 is that of 2023
     up to its neck, which is taken from 2024 here.

@@ -370,6 +370,8 @@ class FrozenResidualBlock(_FrozenBlock):
         self.check_parts()
         W, V = (executed(weight) for weight in (self.inner[0].weight, self.outgoing.weight))  # type: ignore[arg-type]
         V = -V.transpose(0, 1).flip(tuple(range(2, V.dim())))
+        if not (W.isfinite().all() and V.isfinite().all()):
+            return math.inf
         if V.shape != W.shape:
             raise UnknownBoundError(f"its weights are of shapes {tuple(W.shape)} and, transposed, {tuple(V.shape)}")
         rows, outgoing = W.flatten(1), V.flatten(1)

@@ -38,7 +38,7 @@ class PositionEmbedding(LipschitzModule):
     torch.Size([2, 3, 4, 4])
     """
 
-    constant_bound = True  # whatever the offset is
+    constant_estimate = True  # whatever the offset is
 
     def __init__(
         self,

@@ -34,7 +34,7 @@ def certified_name(epsilon: float) -> str:
 
 def _bound_moves(module: nn.Module) -> bool:
     """Whether a step of the optimizer may change the module's own bound: plain torch layers, a residual's α."""
-    return bool(module._parameters) and not getattr(module, "constant_bound", False)
+    return bool(module._parameters) and not getattr(module, "constant_estimate", False)
 
 
 class _Splitters(dict[bool, Callable[[], HeadSplit]]):
@@ -106,7 +106,7 @@ class CertifiedClassifier(L.LightningModule):
 
     def _refresh_bound(self, anew: bool = True) -> None:
         if anew or self.training not in self._splitters:
-            self._splitters[self.training] = head_splitter(self.model, self.input_shape)
+            self._splitters[self.training] = head_splitter(self.model, self.input_shape, estimates=True)
         self.split = [self._splitters[self.training]()]  # in a list: the head is not a second submodule
         head = self.split[0].head
         self.bound_moves = any(_bound_moves(module) for module in self.model.modules() if module is not head)

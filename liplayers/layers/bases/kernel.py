@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from liplayers.core.checks import Size2d, check_image, check_positive, pair
 from liplayers.core.module import LipschitzModule
+from liplayers.core.precision import executed
 from liplayers.core.weights import ParametrizedModule
 from liplayers.errors import ArgumentError, ShapeError
 from liplayers.linalg.convolution import orthogonal_taps_
+from liplayers.linalg.verified import conv_norm_enclosure
 from liplayers.modules.frozen import filled
 
 __all__ = ["KernelConv2d", "LipschitzConv2d", "LipschitzConvTranspose2d", "wrap"]
@@ -178,6 +181,13 @@ class KernelConv2d(LipschitzConv2d, abstract=True):
         # the norm of a convolution is at most the sum of its taps' norms
         return 1.0 + torch.linalg.matrix_norm(run - exact, dim=(0, 1)).sum().item()
 
+    def proven_norm(self) -> float:
+        """A proven bound of the norm of the kernel that runs here and now, for every size of image."""
+        kernel = executed(self.effective())
+        if not kernel.isfinite().all():
+            return math.inf
+        return conv_norm_enclosure(kernel, self.stride, self.dilation, self.groups).upper
+
     def frozen(self, shape: tuple[int, ...] | None) -> nn.Module:
         mode: Any = self.padding_mode
         geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, False, mode)
@@ -281,6 +291,9 @@ class LipschitzConvTranspose2d(LipschitzModule):
 
     def lipschitz_bound(self) -> float:
         return self.adjoint.lipschitz_bound()
+
+    def lipschitz_estimate(self) -> float | Tensor:
+        return self.adjoint.lipschitz_estimate()
 
     def frozen(self, shape: tuple[int, ...] | None) -> nn.Module:
         sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding)
