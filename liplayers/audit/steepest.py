@@ -45,7 +45,7 @@ def lipschitz_lower_bound(
     Args:
         function: (N, *shape) → (N, *any), row by row, in float64.
         inputs: (N, *shape), float64, to start from.
-        steps: ascents from each input.
+        steps: steps of the ascent from each input.
         seed: of the random numbers.
         batch_size: samples in a batch.
 
@@ -106,7 +106,7 @@ def margin_ratio_lower_bound(
         inputs: (N, *shape), float64, to start from.
         labels: (N,), the true classes.
         margin_lipschitz: (K, K), the constants to refute.
-        steps: ascents from each input.
+        steps: steps of the ascent from each input.
         classes: how many of the nearest classes are tried.
         seed: of the random numbers.
         batch_size: samples in a batch.
