@@ -48,18 +48,18 @@ __all__ = [
 def lipschitz_bound(model: nn.Module, input_shape: Shape | None = None) -> float:
     """A proven upper bound on the ℓ2 Lipschitz constant of `model`.
 
+    The bound is for the mode, training or evaluation, that the model is in, and for the weights as they run: inside
+    autocast, rounded to its dtype.
+
     Args:
         model: any module whose parts are known.
         input_shape: of one input, without the batch dimension. Needed where a bound depends on the image size, and
             where a forward method has to be traced; the model is then run once on zeros, which also shows that it
             accepts that shape, and a copy of it on random inputs where there is a trace to compare with.
 
-    The bound is for the mode, training or evaluation, that the model is in, and for the weights as they run: inside
-    autocast, rounded to its dtype.
-
     Raises:
-        UnknownBoundError: parts without a known bound, or changed by a hook, or whose trace is not what they compute;
-            all of them, by path and type, also as `error.obstacles`. No norm has been computed by then.
+        UnknownBoundError: parts without a known bound, or changed by a hook, or whose trace is not what they compute.
+            The error names all of them by path and type, also as `error.obstacles`, before any norm is computed.
         ShapeError: the model does not accept inputs of that shape.
         NonFiniteError: the parameters contain NaN or infinity.
 
@@ -74,6 +74,16 @@ def lipschitz_bound(model: nn.Module, input_shape: Shape | None = None) -> float
 def layer_bounds(model: nn.Module, input_shape: Shape | None = None) -> dict[str, float]:
     """The bound of each module on the walk through `model`, by path; the empty path is the whole.
 
+    Args:
+        model: any module whose parts are known.
+        input_shape: of one input, without the batch dimension; needed where a bound depends on the image size, and
+            where a forward method has to be traced.
+
+    Raises:
+        UnknownBoundError: parts without a known bound, as `lipschitz_bound` finds them.
+        ShapeError: the model does not accept inputs of that shape.
+        NonFiniteError: the parameters contain NaN or infinity.
+
     >>> from liplayers import AOLLinear, Scale
     >>> layer_bounds(nn.Sequential(AOLLinear(4, 4), Scale(3.0)), (4,))
     {'0': 1.0, '1': 3.0, '': 3.0}
@@ -87,6 +97,10 @@ def register_bound(module_type: type[nn.Module], rule: Callable[[nn.Module, Shap
     """State the bound of a module type from outside liplayers: rule(module, input shape or None) → bound.
 
     The rule is trusted; it holds for that exact type, not for subclasses.
+
+    Args:
+        module_type: the exact type, without its subclasses.
+        rule: (module, input shape or None) → bound.
     """
     RULES[module_type] = lambda module, shape: partial(rule, module, shape)
 
@@ -119,7 +133,17 @@ class HeadSplit:
 
 
 def split_head(model: nn.Module, input_shape: Shape | None = None) -> HeadSplit:
-    """Split a classifier into a body with a bound and its linear head; errors as `lipschitz_bound`.
+    """Split a classifier into a body with a bound and its linear head.
+
+    Args:
+        model: any module whose parts are known.
+        input_shape: of one input, without the batch dimension; needed where a bound depends on the image size, and
+            where a forward method has to be traced.
+
+    Raises:
+        UnknownBoundError: parts without a known bound, as `lipschitz_bound` finds them.
+        ShapeError: the model does not accept inputs of that shape.
+        NonFiniteError: the parameters contain NaN or infinity.
 
     >>> from liplayers import AOLLinear, NormalizedLinear
     >>> split_head(nn.Sequential(AOLLinear(4, 4), NormalizedLinear(4, 3)), (4,)).body_bound
@@ -134,9 +158,15 @@ def head_splitter(
     """`split_head` of a model whose weights change, and nothing else: its structure is understood once.
 
     Args:
-        model: as for `lipschitz_bound`.
-        input_shape: as for `lipschitz_bound`.
+        model: any module whose parts are known.
+        input_shape: of one input, without the batch dimension; needed where a bound depends on the image size, and
+            where a forward method has to be traced.
         estimates: whether layers say `lipschitz_estimate`, which proves nothing, instead of `lipschitz_bound`.
+
+    Raises:
+        UnknownBoundError: parts without a known bound, as `lipschitz_bound` finds them.
+        ShapeError: the model does not accept inputs of that shape.
+        NonFiniteError: the parameters contain NaN or infinity.
 
     >>> from liplayers import AOLLinear, ConvexResidual, NormalizedLinear
     >>> model = nn.Sequential(ConvexResidual(nn.Linear(4, 4)), NormalizedLinear(4, 3))
@@ -158,7 +188,7 @@ def head_splitter(
 
 @dataclass(frozen=True)
 class ClassifierBounds:
-    """Everything that one walk over a classifier proves.
+    """Everything that is proven in one walk over a classifier.
 
     Attributes:
         split: the body with its bound, and the head.
@@ -173,7 +203,17 @@ class ClassifierBounds:
 
 
 def classifier_bounds(model: nn.Module, input_shape: Shape | None = None) -> ClassifierBounds:
-    """`split_head` and `layer_bounds` in one walk; errors as `lipschitz_bound`.
+    """`split_head` and `layer_bounds` in one walk.
+
+    Args:
+        model: any module whose parts are known.
+        input_shape: of one input, without the batch dimension; needed where a bound depends on the image size, and
+            where a forward method has to be traced.
+
+    Raises:
+        UnknownBoundError: parts without a known bound, as `lipschitz_bound` finds them.
+        ShapeError: the model does not accept inputs of that shape.
+        NonFiniteError: the parameters contain NaN or infinity.
 
     >>> found = classifier_bounds(nn.Sequential(nn.ReLU(), nn.Linear(4, 3)), (4,))
     >>> found.split.body_bound, found.lower["1"] <= found.upper["1"]

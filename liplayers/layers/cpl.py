@@ -1,6 +1,6 @@
 """CPL, convex potential layers: residual gradient steps (Meunier et al. 2022, arXiv 2110.12690).
 
-Differs from the public code in that ‖W‖ is a proven upper bound (Gram iteration; for convolutions on the symbol)
+It differs from the public code in that ‖W‖ is a proven upper bound (Gram iteration; for convolutions on the symbol)
 instead of a power iteration, which estimates from below.
 """
 
@@ -49,7 +49,8 @@ class CPLBlock(DenseBlock):
         hidden_features: rows of W; default `features`.
         bias: whether b is there.
         activation: entrywise with slopes in [0, 1]; default ReLU.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (*, features) → (*, features).
@@ -97,12 +98,14 @@ class CPLConv2dBlock(Conv2dBlock):
     frequencies.
 
     Args:
-        channels: of input and output.
-        hidden_channels: default `channels`.
-        kernel_size: odd, so that the image keeps its size with padding (k − 1)/2.
-        bias, padding_mode: as in `torch.nn.Conv2d`; "zeros" or "circular".
+        channels: channels of input and output.
+        hidden_channels: channels of the hidden layer; default `channels`.
+        kernel_size: size of the kernel in pixels; odd, so that the image keeps its size with padding (k − 1)/2.
+        bias: whether b is there.
+        padding_mode: what surrounds the image, "zeros" or "circular".
         activation: entrywise with slopes in [0, 1]; default ReLU.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (N, channels, H, W) → the same.

@@ -1,6 +1,6 @@
 """LiResNet's linear residual block: (I + conv)x as one convolution (Hu et al. 2023, arXiv 2301.12549).
 
-Differs from the public code in that the whole, identity included, is divided by a proven bound of its norm.
+It differs from the public code in that the whole, identity included, is divided by a proven bound of its norm.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class LiResNetBlock(RescaledLinear):
 
     Args:
         features: size of input and output.
-        bias, device, dtype: as in `torch.nn.Linear`.
+        bias: whether b is there.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (*, features) → the same.
@@ -71,9 +73,12 @@ class LiResNetConv2dBlock(RescaledConv2d):
     frequencies; it runs one plain convolution.
 
     Args:
-        channels: of input and output.
-        kernel_size: odd, so that the image keeps its size with padding (k − 1)/2.
-        bias, padding_mode, device, dtype: as in `torch.nn.Conv2d`; "zeros" or "circular".
+        channels: channels of input and output.
+        kernel_size: size of the kernel in pixels; odd, so that the image keeps its size with padding (k − 1)/2.
+        bias: whether b is there.
+        padding_mode: what surrounds the image, "zeros" or "circular".
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (N, channels, H, W) → the same.

@@ -1,6 +1,6 @@
 """RKO, reshaped kernel orthogonalisation (Serrurier et al. 2021, arXiv 2006.06520).
 
-Differs from the public code: the kernel matrix is orthogonalised exactly, by Cholesky factorisation in float64, and
+It differs from the public code: the kernel matrix is orthogonalised exactly, by Cholesky factorisation in float64, and
 divided by the least of three proven bounds rather than by the overlap factor alone, which is up to k too large.
 """
 
@@ -33,7 +33,18 @@ class RKOConv2d(KernelConv2d):
     factorisation of the kernel matrix, Gram iteration at 8(k − 1) × 8(k − 1) frequencies.
 
     Args:
-        in_channels … dtype: as in `torch.nn.Conv2d`; padding_mode "zeros" or "circular".
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: pixels from one position of the kernel to the next, an integer or a pair.
+        padding: pixels around the image on each side, an integer or a pair; "same" (with stride 1 only) or "valid"
+            (none).
+        dilation: pixels from one tap of the kernel to the next, an integer or a pair.
+        groups: number of groups of channels that are mapped apart; it divides in_channels and out_channels.
+        bias: whether b is there.
+        padding_mode: what the padding holds, "zeros" or "circular".
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
@@ -105,7 +116,29 @@ class RKOConvTranspose2d(LipschitzConvTranspose2d):
     """The adjoint of an `RKOConv2d`, a contraction with the signature of `torch.nn.ConvTranspose2d`.
 
     Stride, dilation, groups and output_padding as in torch; zero padding only. Signal gain at initialisation is 1 at
-    most. Cost and errors as `RKOConv2d`.
+    most. Cost as `RKOConv2d`.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: pixels of the output from one position of the kernel to the next, an integer or a pair.
+        padding: pixels that are cut from the output on each side, an integer or a pair.
+        output_padding: pixels more at the end of the output, an integer or a pair; fewer than the larger of stride and
+            dilation.
+        groups: number of groups of channels that are mapped apart; it divides in_channels and out_channels.
+        bias: whether b is there.
+        dilation: pixels from one tap of the kernel to the next, an integer or a pair.
+        padding_mode: "zeros", the only value of transposed convolutions.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
+
+    Raises:
+        ArgumentError: a padding mode other than "zeros", output_padding that is too large.
+        ShapeError: at call, another number of channels.
 
     Source: Serrurier et al. 2021, arXiv 2006.06520.
 

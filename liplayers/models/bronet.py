@@ -1,7 +1,7 @@
 """BRONet: orthogonal convolutions between a strided stem and dense layers (Lai et al. 2025, arXiv 2505.15174).
 
-Differs from the public code in that the means are subtracted before each convolution rather than after it, where they
-are those of its output up to the border, and in the stem's norm, which is a proven bound.
+It differs from the public code in that the means are subtracted before each convolution rather than after it, where
+they are those of its output up to the border, and in the stem's norm, which is a proven bound.
 """
 
 from __future__ import annotations
@@ -53,17 +53,24 @@ def bronet(
 
     Args:
         input_shape: (channels, height, width) of one image.
-        conv: of the backbone, a family's name or a class with nn.Conv2d's signature.
-        rank_ratio: of BRO's convolutions; None for BRO's default and for every other family.
-        stem: of the first convolution, 5 × 5 with stride 2.
-        patch: of the convolution of stride 4 after the backbone.
-        linear: of the dense layers.
-        channels: of the backbone.
-        blocks: LiResNet's, with an activation after each, before the convolutions, as in the hybrid for ImageNet.
-        depth: convolutions in the backbone.
-        width, dense: size of the dense layers, and how many follow the first.
-        stem_patch: None, or the size of the patches of a stem with kernel = stride, as for ImageNet.
-        head: "normalized", "linear", "truncated", or a family's name.
+        num_classes: number of logits.
+        conv: the convolutions of the backbone: a family's name, or a class with nn.Conv2d's signature.
+        rank_ratio: of BRO's convolutions, in (0, 1]; None for BRO's default and for every other family.
+        stem: the first convolution, 5 × 5 with stride 2: a family's name, or a class with nn.Conv2d's signature.
+        patch: the convolution of stride 4 after the backbone: a family's name, or a class with nn.Conv2d's signature.
+        linear: the dense layers: a family's name, or a class with nn.Linear's signature.
+        channels: channels of the backbone.
+        blocks: number of LiResNet blocks before the convolutions, as in the hybrid for ImageNet; an activation follows
+            each.
+        depth: number of convolutions in the backbone.
+        width: size of each dense layer.
+        dense: number of dense layers after the first.
+        stem_patch: size in pixels of the patches of a stem with kernel = stride, as for ImageNet; None for a stem of 5
+            × 5 with stride 2.
+        activation: the activation after each layer: "maxmin", "groupsort", "fullsort", "abs", "beta_abs", "relu",
+            "tanh" or "identity", or a class or function that makes one.
+        head: the last layer: "normalized", "linear", "truncated", or a family's name.
+        mean: subtracted from each pixel.
 
     Raises:
         UnknownNameError: a layer, activation or head of unknown name.

@@ -39,13 +39,19 @@ def lbdn(
 
     Args:
         input_shape: (channels, height, width) of one image.
-        conv_block, dense_block: a family's name, or a class with the arguments out_channels and stride, or
-            out_features (Sandwich, LDLT; dense also LBDN, Gershgorin).
-        channels: of the first stage.
-        stages: each halves the image, rounding up.
-        width: at least 2.
-        activation: inside the blocks, which refuse what their proof does not cover.
-        head: "normalized", "linear", "truncated", or a family's name.
+        num_classes: number of logits.
+        conv_block: the convolutional blocks: a family's name, or a class with the arguments out_channels and stride
+            (Sandwich, LDLT).
+        dense_block: the dense blocks: a family's name, or a class with the argument out_features (Sandwich, LDLT, LBDN,
+            Gershgorin).
+        channels: channels of the first stage.
+        stages: number of stages, each of which halves the image, rounding up.
+        width: size of the first two dense blocks, at least 2.
+        activation: the activation inside the blocks, which refuse what their proof does not cover: "maxmin",
+            "groupsort", "fullsort", "abs", "beta_abs", "relu", "tanh" or "identity", or a class or function that makes
+            one.
+        head: the last layer: "normalized", "linear", "truncated", or a family's name.
+        mean: subtracted from each pixel.
 
     Raises:
         UnknownNameError: a block, activation or head of unknown name.
