@@ -449,7 +449,7 @@ def test_the_caller_s_model_and_random_state_stay_as_they_were():
         (lp.GroupSort(None), r"^1\.0 \(GroupSort\): it sorts groups"),
         (lp.MaxMin(dim=0), r"^1\.0 \(MaxMin\): dim=0; expected the channels in dimension 1"),
         (lp.Normalize([0.0] * 8, [1.0] * 8), r"^1\.0 \(Normalize\): .*Normalize in front"),
-        (lp.ConvexResidual(nn.Linear(8, 8)), r"^1\.0 \(Residual\): LipSDP knows"),
+        (lp.ConvexResidual(nn.Linear(8, 8)), r"^1\.0 \(ConvexResidual\): LipSDP knows"),
         (nn.RReLU(), r"^1\.0 \(RReLU\): LipSDP knows"),
     ],
 )

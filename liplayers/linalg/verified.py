@@ -18,8 +18,8 @@ of the inner products, hence of norm at most γ_n·size, size = min(‖|K|‖_F�
   of degree k − 1 in each e^(iω), so by M. Riesz' inequality the norm of any combination of them keeps at least
   κ = ∏cos(π(k − 1)/N) of its supremum on N points along each axis, and K's own symbol keeps κ' = ∏cos(π(k − 1)/2N):
   ‖K‖² ≤ min(b/κ'², (a + b)/2 + (b − a)/2κ);
-- eigenvalues of σ(ω) near the supremum M = ‖K‖². With c at most the mean of M and the least of all, xᴴ(σ − cI)x
-  for the eigenvector x of M is, on a line through the supremum, a function of exponential type that is bounded by M − c,
+- eigenvalues of σ(ω) near the supremum M = ‖K‖². With c at most the mean of M and the least of all, xᴴ(σ − cI)x, x
+  the eigenvector of M, is, on a line through the supremum, a function of exponential type that is bounded by M − c,
   its value there. So after a step δ it keeps cos(τ) of it, τ = Σ_j|δ_j|(k_j − 1) ≤ π/2 (Duffin and Schaeffer 1938): the
   point of a lattice next to the supremum keeps κ'' = cos(Σ_j π(k_j − 1)/N_j). Points that are proven to have less than
   c + κ''(l − c), l a lower bound of M, are not next to it; the cells of the others are divided again.

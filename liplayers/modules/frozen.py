@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from liplayers.core.checks import check_shape
 from liplayers.core.intact import require_intact
 from liplayers.core.module import LipschitzModule
 from liplayers.core.precision import exact_precision, executed
@@ -29,13 +28,11 @@ from liplayers.linalg.norms import frobenius_norm
 from liplayers.linalg.orthogonal import skew_polynomial_bound
 from liplayers.linalg.verified import conv_norm_enclosure, entry_norm, largest_norm_enclosure, weighted_row_sum_norm
 from liplayers.modules.activations import require_sector, require_slope_range, tied_channels
-from liplayers.modules.containers import Container
 
 __all__ = [
     "FrozenFourierConv2d",
     "FrozenLMIBlock",
     "FrozenPolynomialConv2d",
-    "FrozenResidual",
     "FrozenResidualBlock",
     "Placement",
     "Size",
@@ -518,38 +515,3 @@ def _matrices(layer: nn.Module) -> Tensor:
     if isinstance(layer, FrozenFourierConv2d):
         return layer.matrices().detach().to(torch.complex128)
     return executed(layer.weight)[None]  # type: ignore[arg-type]
-
-
-class FrozenResidual(Container):
-    """y = (1 − α)x + α·f(x), α a buffer: `ConvexResidual`.
-
-    Args:
-        branch: f, which keeps the shape of its input.
-        alpha: α, one number in (0, 1).
-    """
-
-    alpha: Tensor
-
-    def __init__(self, branch: nn.Module, alpha: Tensor) -> None:
-        super().__init__()
-        self.branch = branch
-        self.register_buffer("alpha", alpha.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.branch(x)
-        if y.shape != x.shape:
-            raise ShapeError(
-                f"FrozenResidual: the branch turned {tuple(x.shape)} into {tuple(y.shape)}; it must keep the shape"
-            )
-        return (1 - self.alpha) * x + self.alpha * y
-
-    def branches(self) -> Sequence[nn.Module]:
-        return [self.branch]
-
-    def compose_bounds(self, bounds: Sequence[float]) -> float:
-        check_shape(self, "alpha", self.alpha, ())
-        exact = (1 - self.alpha).double(), self.alpha.double()
-        pairs = [exact, (executed(1 - self.alpha), executed(self.alpha))]
-        return max(
-            upward.total(abs(rest.item()), upward.product(abs(weight.item()), bounds[0])) for rest, weight in pairs
-        )
