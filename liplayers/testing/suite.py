@@ -98,7 +98,11 @@ class Check:
             return Finding(*asked, False, note=kind + one_line(error)), error
         if found is None:
             return Finding(*asked, True), None
-        note = f"measured {'; '.join(found.exceeded)}" if found.exceeded else found.where
+        note = found.where
+        if found.exceeded:
+            note = f"measured {found.measured:.9g} > {found.bound:.9g} at {found.where}"
+            others = [where for where in found.exceeded if where != found.where]
+            note += f"; too large also at {', '.join(others)}" if others else ""
         return Finding(*asked, not found.exceeded, found.measured, found.bound, note), None
 
 
