@@ -148,6 +148,18 @@ class Unchecked(AOLConv2d):
         pass
 
 
+class Composed(nn.Module):
+    """Not of a base of liplayers: it states no bound, that of its parts is composed over the trace of its forward."""
+
+    def __init__(self, features: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.first = AOLLinear(features, features, device=device, dtype=dtype)
+        self.second = nn.Linear(features, features, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x + 0.5 * self.second(torch.relu(self.first(x)))
+
+
 def failures(make: Callable[..., nn.Module], role: str = "linear", only: str = "", **options: Any) -> list[Finding]:
     found = [check.run() for check in checks(make, role, **options) if check.name.startswith(only)]
     assert found
@@ -245,6 +257,15 @@ def test_checks_have_names_of_their_own_and_leave_random_numbers_and_modes_as_th
         assert not failures(AOLLinear, "linear", "norm after training")
         assert not torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("only", ["norm after training", "autocast float16", "freezing float64"])
+def test_a_layer_that_states_no_bound_is_measured_against_that_of_its_parts(only: str):
+    chosen = [
+        check for check in checks(Composed, "dense_block") if f"{check.name} {check.configuration}".startswith(only)
+    ]
+    assert chosen
+    assert all(check().bound > 0 for check in chosen)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def _mixed_columns(p: Tensor, g: torch.Generator) -> Tensor:
     return _gaussian(p, g) * columns.view(1, -1, *[1] * (p.dim() - 2))
 
 
+#: Settings of matrices and kernels.
 MATRICES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "gaussian": _gaussian,
     "scale 1e-9": lambda p, g: 1e-9 * _gaussian(p, g),
@@ -78,6 +79,7 @@ MATRICES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "mixed scales": _mixed_scales,
     "mixed column scales": _mixed_columns,
 }
+#: Settings of vectors and scalars.
 VECTORS = ("spread 50", "spread 800", "value 1e-9", "value 1e9", "value 1e18", "value -1e9", "value 0")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from liplayers.bounds import lipschitz_bound
+from liplayers.core.module import LipschitzModule
 from liplayers.errors import ArgumentError, AuditError, LipschitzError
 from liplayers.testing.measure import computed_parts
 
@@ -26,11 +27,13 @@ __all__ = [
     "outputs",
     "perturb",
     "refusal",
+    "stated_bound",
     "watched",
     "worst",
 ]
 
-SIZES = {  # the arguments that each role needs
+#: The arguments that each role needs.
+SIZES = {
     "linear": ("in_features", "out_features"),
     "conv": ("in_channels", "out_channels", "kernel_size"),
     "conv_transpose": ("in_channels", "out_channels", "kernel_size"),
@@ -137,9 +140,14 @@ def expect_dtype(layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -
     expect(got == dtype, f"inputs in {dtype} give outputs in {got}")
 
 
-def bound_of(layer: nn.Module) -> float:
-    """The bound that the layer states, which has to be finite."""
-    bound = lipschitz_bound(layer)
+def stated_bound(layer: nn.Module, shape: tuple[int, ...]) -> float:
+    """The bound that the layer states itself, or that of its parts on inputs of `shape`."""
+    return lipschitz_bound(layer, None if isinstance(layer, LipschitzModule) else shape)
+
+
+def bound_of(layer: nn.Module, shape: tuple[int, ...]) -> float:
+    """The bound of the layer, which has to be finite."""
+    bound = stated_bound(layer, shape)
     expect(math.isfinite(bound), f"lipschitz_bound() is {bound}")
     return bound
 
@@ -157,7 +165,7 @@ def worst(rows: Iterable[tuple[str, float, float]], tolerance: float) -> Measure
             continue
         if not measured <= bound * (1 + tolerance):
             exceeded.append(where)
-        quotient = measured / bound if bound else math.copysign(math.inf, measured)
+        quotient = measured / bound if bound else (math.inf if measured else 0.0)
         if not quotient <= highest:
             highest, largest = quotient, Measured(measured, bound, where)
     return Measured(largest.measured, largest.bound, largest.where, tuple(exceeded))

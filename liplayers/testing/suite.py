@@ -56,6 +56,12 @@ class Check:
     """One check of a layer in one configuration; to be called, without arguments.
 
     `pytest.mark.parametrize("check", checks(…))` shows each under its `__name__`.
+
+    Attributes:
+        subject: the constructor that is audited, its role, and whether it says that it preserves norms.
+        name: what is checked, such as "norm".
+        configuration: as in `Finding`.
+        measure: what is called.
     """
 
     subject: Subject
