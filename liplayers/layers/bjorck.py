@@ -80,12 +80,12 @@ class BjorckLinear(LipschitzLinear):
 
 
 class BjorckConv2d(RKOConv2d):
-    r"""Convolution with a kernel matrix orthogonalised by Björck iteration, divided by a proven bound on its norm.
+    r"""Convolution with a kernel matrix orthogonalised by Björck iteration, divided by an estimate of its norm.
 
     `RKOConv2d` with `newton_schulz` in place of Cholesky: the kernel matrix is the nearest orthogonal one to the raw
-    matrix. Orthogonal where kernel_size = stride (patches), a contraction elsewhere. Every stride, dilation and group
-    count. Signal gain at initialisation is 1 (one orthogonal tap). Cost: 2 products of the kernel matrix an iteration,
-    Gram iteration at 8(k − 1) × 8(k − 1) frequencies.
+    matrix. Orthogonal where kernel_size = stride (patches); elsewhere its norm is about 1, and `lipschitz_bound()`
+    proves what it is. Every stride, dilation and group count. Signal gain at initialisation is 1 (one orthogonal tap).
+    Cost: 2 products of the kernel matrix an iteration, power iteration at 4(k − 1) × 4(k − 1) frequencies.
 
     Args:
         in_channels: channels of the image.

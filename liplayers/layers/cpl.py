@@ -1,7 +1,7 @@
 """CPL, convex potential layers: residual gradient steps (Meunier et al. 2022, arXiv 2110.12690).
 
-It differs from the public code in that ‖W‖ is a proven upper bound (Gram iteration; for convolutions on the symbol)
-instead of a power iteration, which estimates from below.
+It differs from the public code. ‖W‖ of a dense block is a proven upper bound (Gram iteration). That of a convolution is
+a tight estimate on the symbol, and the bound of the block is proven for the kernels that run.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ class CPLBlock(DenseBlock):
 
 
 class CPLConv2dBlock(Conv2dBlock):
-    r"""Convolutional residual block, 1-Lipschitz: y = x − (2/‖K‖²)K⊤ ∗ σ(K ∗ x + b), ‖K‖ by a proven upper bound.
+    r"""Convolutional residual block: y = x − (2/‖K‖²)K⊤ ∗ σ(K ∗ x + b), ‖K‖ by a tight estimate.
 
-    The bound holds for zero and circular padding and every image size. Signal gain at initialisation is 1, down to 0.8
-    for sixteen times as many hidden units as inputs. Cost: Gram iteration on the symbol at 8(k − 1) × 8(k − 1)
-    frequencies.
+    It would be 1-Lipschitz for ‖K‖ itself. `lipschitz_bound()` is proven for the kernels that run, about 1, for zero
+    and circular padding and every image size. Signal gain at initialisation is 1, down to 0.8 for sixteen times as many
+    hidden units as inputs. Cost: power iteration on the symbol at 4(k − 1) × 4(k − 1) frequencies.
 
     Args:
         channels: channels of input and output.

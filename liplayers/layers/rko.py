@@ -1,7 +1,7 @@
 """RKO, reshaped kernel orthogonalisation (Serrurier et al. 2021, arXiv 2006.06520).
 
 It differs from the public code: the kernel matrix is orthogonalised exactly, by Cholesky factorisation in float64, and
-divided by the least of three proven bounds rather than by the overlap factor alone, which is up to k too large.
+divided by a tight estimate of its norm rather than by the overlap factor, which is up to k too large.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ __all__ = ["RKOConv2d", "RKOConvTranspose2d"]
 
 
 class RKOConv2d(KernelConv2d):
-    r"""Convolution with an orthogonal kernel matrix, divided by a proven bound on its norm.
+    r"""Convolution with an orthogonal kernel matrix, divided by an estimate of its norm.
 
-    The kernel as an out × (in·kh·kw) matrix is orthogonalised, then divided by the least of the overlap factor
-    √(⌈k_h/s_h⌉⌈k_w/s_w⌉) (with dilation d, ⌈k·gcd(s, d)/s⌉ an axis), the bound from the symbol of the polyphase kernel
-    and the row sums of its autocorrelation. Orthogonal where kernel_size = stride (patches), a contraction elsewhere.
-    Every stride, dilation and group count. Signal gain at initialisation is 1 (one orthogonal tap). Cost: a Cholesky
-    factorisation of the kernel matrix, Gram iteration at 8(k − 1) × 8(k − 1) frequencies.
+    The kernel as an out × (in·kh·kw) matrix is orthogonalised, then divided by `symbol_norm_estimate` of its polyphase
+    form. Where kernel_size = stride (patches) it is orthogonal and 1-Lipschitz; elsewhere its norm is about 1, and
+    `lipschitz_bound()` proves what it is. Every stride, dilation and group count. Signal gain at initialisation is 1
+    (one orthogonal tap). Cost: a Cholesky factorisation of the kernel matrix, power iteration at
+    4(k − 1) × 4(k − 1) frequencies.
 
     Args:
         in_channels: channels of the image.

@@ -1,7 +1,7 @@
 """BRONet: orthogonal convolutions between a strided stem and dense layers (Lai et al. 2025, arXiv 2505.15174).
 
 It differs from the public code in that the means are subtracted before each convolution rather than after it, where
-they are those of its output up to the border, and in the stem's norm, which is a proven bound.
+they are those of its output up to the border, and in the stem, which is divided by its norm.
 """
 
 from __future__ import annotations

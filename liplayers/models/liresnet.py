@@ -1,7 +1,7 @@
 """LiResNet: linear residual blocks between a strided stem and dense layers (Hu et al. 2023, arXiv 2301.12549, and 2024,
 arXiv 2310.02513).
 
-It differs from the public code in that norms are proven bounds rather than power iterations, and in that the means are
+It differs from the public code in that each block is divided by its norm, which is proven at the end, and the means are
 subtracted before each block rather than from its branch.
 """
 
