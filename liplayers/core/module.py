@@ -78,6 +78,8 @@ class SettledModule(nn.Module):
 class LipschitzModule(SettledModule):
     """A module that states a proven bound on its own ℓ2 Lipschitz constant."""
 
+    weights_since = "0.1.0"  # the version of liplayers since which its parameters stand for the weights that they do
+
     def lipschitz_bound(self) -> float:
         """A proven upper bound on the Lipschitz constant of the map, in exact arithmetic on the exact weights.
 

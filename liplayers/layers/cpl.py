@@ -142,6 +142,8 @@ class CPLConv2dBlock(Conv2dBlock):
         """As many orthonormal hidden units as there are inputs, small further ones; no bias."""
         _reset(self)
 
+    weights_since = "0.2.0"  # before the step was for a bound of ‖K‖
+
     def lipschitz_bound(self) -> float:
         """Proven for the kernels that run: about 1, whatever the estimate of ‖K‖ was."""
         self.check_parts()

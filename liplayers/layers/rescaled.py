@@ -128,6 +128,8 @@ class RescaledConv2d(KernelConv2d):
         self.bias = self.new_parameter((out_channels,), device, dtype) if bias else None
         self.reset_parameters()
 
+    weights_since = "0.2.0"  # before it was divided by a bound
+
     def lipschitz_bound(self) -> float:
         """The proven norm of the kernel that runs: about 1, whatever the estimate was that it was divided by."""
         return self.proven_norm()

@@ -90,6 +90,11 @@ class RKOConv2d(KernelConv2d):
         sizes = zip(self.kernel_size, self.stride, self.dilation, strict=True)
         return math.prod([overlap(*size) for size in sizes]) == 1
 
+    @property
+    def weights_since(self) -> str:  # type: ignore[override]
+        """Before 0.2.0 it was divided by a bound; patches are divided by nothing."""
+        return "0.1.0" if self._disjoint else "0.2.0"
+
     def lipschitz_bound(self) -> float:
         """1 for patches; else the proven norm of the kernel that runs."""
         return super().lipschitz_bound() if self._disjoint else self.proven_norm()
