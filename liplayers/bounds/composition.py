@@ -10,7 +10,7 @@ computed. Every number is rounded upward.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
@@ -112,10 +112,12 @@ class HeadSplit:
     Attributes:
         body_bound: of everything below the head, or of the whole model where there is no linear head.
         head: the last linear layer, or None.
+        scale: what else the body is multiplied by: of estimates, the product of those that are tensors.
     """
 
     body_bound: float
     head: nn.Module | None
+    scale: float | Tensor = 1.0
 
     def margin_lipschitz(self, num_classes: int) -> Tensor:
         """Lipschitz constants of all logit differences f_y − f_j, (K, K), zeros on the diagonal.
@@ -125,11 +127,12 @@ class HeadSplit:
         """
         if self.head is None:
             constant = upward.product(upward.root(2), self.body_bound)
-            return constant * (1 - torch.eye(num_classes, dtype=torch.float64))
+            return constant * (1 - torch.eye(num_classes, dtype=torch.float64)) * self.scale
         weight: Tensor = self.head.weight  # type: ignore[assignment]
         if weight.shape[0] != num_classes:
             raise ShapeError(f"the head has {weight.shape[0]} rows, num_classes is {num_classes}")
-        return rounded_up(self.body_bound * row_distances(weight.to(executed_dtype(weight)).double()))
+        distances = row_distances(weight.to(executed_dtype(weight)).double())
+        return rounded_up(self.body_bound * distances) * self.scale
 
 
 def split_head(model: nn.Module, input_shape: Shape | None = None) -> HeadSplit:
@@ -180,6 +183,8 @@ def head_splitter(
 
     def split() -> HeadSplit:
         walk.found.clear()
+        if estimates:
+            return walk.estimated_split()
         _check_finite(model, "")
         return walk.split(walk.root)
 
@@ -290,7 +295,7 @@ class _Walk:
         if _is_ours(module):
             require_intact(module)
             module.check_parts()
-            part.compute = module.lipschitz_estimate if self.estimates else module.lipschitz_bound
+            part.compute = (lambda: float(module.lipschitz_estimate())) if self.estimates else module.lipschitz_bound
         elif _is_container(module):
             require_intact(module, parts=False)
             names = {child: name for name, child in module.named_modules()}
@@ -416,6 +421,24 @@ class _Walk:
             return self.bound(self.parts[_join(part.path, name)])
 
         return [graph_bounds(program.graph, leaf_bound, shapes) for shapes in part.shapes]
+
+    def estimated_split(self) -> HeadSplit:
+        """With the estimates of the layers in sequence as they are, tensors too, and no value of these read."""
+        chain = list(self._chain(self.root))
+        ours = [part for part in chain if _is_ours(part.module)]
+        self.found.update({part.path: 1.0 for part in ours})
+        found = self.split(self.root)
+        factors: list[Any] = [p.module.lipschitz_estimate() for p in ours if p.module is not found.head]  # type: ignore
+        tensors = [factor for factor in factors if isinstance(factor, Tensor)]
+        body = upward.product(found.body_bound, *(f for f in factors if not isinstance(f, Tensor)))
+        return HeadSplit(body, found.head, math.prod(tensors, start=1.0))
+
+    def _chain(self, part: _Part) -> Iterator[_Part]:
+        if part.is_sequence:
+            for child in part.children:
+                yield from self._chain(child)
+        else:
+            yield part
 
     def split(self, part: _Part) -> HeadSplit:
         inner = self._split(part)
