@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liplayers.core.module import LipschitzModule
 from liplayers.errors import CheckpointError
 
 __all__ = [
@@ -73,8 +74,25 @@ class Checkpoint:
     global_step: int
     state_dict: dict[str, Tensor]
 
+    @property
+    def _release(self) -> tuple[int, ...]:
+        try:
+            return _release(self.version)
+        except ValueError:
+            raise CheckpointError(f"{self.path}: version={self.version!r}; expected one such as 0.2.0") from None
+
     def load_into(self, model: nn.Module) -> None:
-        """Copy the tensors into `model`, built from this checkpoint's config."""
+        """Copy the tensors into `model`, built from this checkpoint's config.
+
+        Raises:
+            CheckpointError: they do not fit, or a layer of the version that wrote them made other weights of them.
+        """
+        for name, module in model.named_modules():
+            if isinstance(module, LipschitzModule) and self._release < _release(module.weights_since):
+                raise CheckpointError(
+                    f"{self.path}: written by liplayers {self.version}, where {name} ({type(module).__name__}) had "
+                    f"other weights for the same parameters; use that version, or train again"
+                )
         own = model.state_dict()
         if any(tensor.is_meta for tensor in own.values()):
             raise CheckpointError(f"{self.path}: its config builds a model on the meta device, without values")
@@ -86,6 +104,10 @@ class Checkpoint:
         except RuntimeError as error:
             detail = " ".join(str(error).split())
             raise CheckpointError(f"{self.path}: the weights do not fit the model of its config ({detail})") from None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split(".")[:3])
 
 
 def widen_scalars(states: dict[int, dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 __all__ = [
     "ArgumentError",
+    "AuditError",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -132,3 +133,7 @@ class VerificationError(LipschitzError, ValueError):
 
 class RefutedError(LipschitzError, AssertionError):
     """A certified point that fell to an attack: a proof is wrong."""
+
+
+class AuditError(LipschitzError, AssertionError):
+    """A layer that does not keep what it promises, found by `liplayers.testing`; one line for each failed check."""

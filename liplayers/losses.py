@@ -46,6 +46,8 @@ def offset_cross_entropy(logits: Tensor, target: Tensor, offset: float, temperat
     r"""t·CE((f − u·onehot(y))/t, y): cross-entropy after the true logit has been lowered by an offset.
 
     Args:
+        logits: (N, K).
+        target: (N,), the true classes.
         offset: u ≥ 0, in units of the logits; larger offsets trade clean accuracy for larger margins.
         temperature: t > 0.
 
@@ -64,6 +66,12 @@ def emma_logits(logits: Tensor, target: Tensor, margin_lipschitz: Tensor, epsilo
 
     z_j = f_j − f_y, m_j = L_yj, ε_j = clip(−z_j/(ε m_j), 0.01, 1) detached; returns z_j + ε_j·ε·m_j.
 
+    Args:
+        logits: (N, K).
+        target: (N,), the true classes.
+        margin_lipschitz: (K, K), the constants of f_y − f_j.
+        epsilon: the radius to train for, above 0.
+
     Source: Hu et al. 2023, arXiv 2301.12549.
     """
     z = logits - logits.gather(1, target[:, None])
@@ -76,8 +84,10 @@ def emma(logits: Tensor, target: Tensor, margin_lipschitz: Tensor, epsilon: floa
     """EMMA, efficient margin maximisation: cross-entropy of `emma_logits`.
 
     Args:
-        margin_lipschitz: (K, K); gradients flow through it to the head.
-        epsilon: > 0, the radius to train for.
+        logits: (N, K).
+        target: (N,), the true classes.
+        margin_lipschitz: (K, K), the constants of f_y − f_j; gradients flow through it to the head.
+        epsilon: the radius to train for, above 0.
 
     Source: Hu et al. 2023, arXiv 2301.12549.
 
@@ -94,6 +104,8 @@ def logit_annealing(
     r"""T(1 − p_y)^β(−log p_y), p = softmax((f − ξ·onehot(y))/T): the pull on a point fades as its margin grows.
 
     Args:
+        logits: (N, K).
+        target: (N,), the true classes.
         temperature: T > 0.
         offset: ξ, in units of the logits.
         exponent: β ≥ 0; 0 is the offset cross-entropy.
@@ -115,8 +127,10 @@ def certificate_regularization(logits: Tensor, target: Tensor, margin_lipschitz:
     r"""CE(f, y) − γ·mean relu(R), R = min_{j≠y} (f_y − f_j)/L_yj: pays for the radius of points classified rightly.
 
     Args:
-        margin_lipschitz: (K, K); gradients flow through it to the head.
-        gamma: γ ≥ 0, per unit of radius. More of it buys radius on points that are right already, at the price of
+        logits: (N, K).
+        target: (N,), the true classes.
+        margin_lipschitz: (K, K), the constants of f_y − f_j; gradients flow through it to the head.
+        gamma: γ ≥ 0, per unit of radius. A larger γ buys radius on points that are right already, at the price of
             points near the border, whose cross-entropy then counts less: lower clean, higher certified accuracy at
             large radii.
 
@@ -138,6 +152,8 @@ def multi_margin(logits: Tensor, target: Tensor, margin: float) -> Tensor:
     r"""(1/K)·Σ_{j≠y} relu(u − (f_y − f_j)): a hinge on every margin of the true class.
 
     Args:
+        logits: (N, K).
+        target: (N,), the true classes.
         margin: u > 0, in units of the logits. A point adds nothing once all its margins reach u, so u sets the radius
             trained for, u/L: larger ones trade clean accuracy for certified accuracy at larger radii.
 
@@ -155,9 +171,12 @@ def hkr(logits: Tensor, target: Tensor, hinge: float, margin: float) -> Tensor:
         mean(f_k | y ≠ k) − mean(f_k | y = k) + λ·mean relu(m − s_k·f_k),   s_k = 1 where y = k, else −1
 
     The first two terms are −W₁, estimated by a 1-Lipschitz f_k: they are left out for a class that all samples of the
-    batch have, or none. It is the paper's multi-class loss divided by K. Of several processes each takes its own means.
+    batch have, or none. It is the paper's multi-class loss divided by K. With several processes, each takes its own
+    means.
 
     Args:
+        logits: (N, K).
+        target: (N,), the true classes.
         hinge: λ ≥ 0. Small ones maximise the mean margin whatever becomes of single points; large ones (10 – 100) ask
             for the margin m on every point, for accuracy.
         margin: m > 0, in units of the logits; larger ones trade clean for certified accuracy at larger radii.
@@ -181,8 +200,10 @@ def gloro_trades(logits: Tensor, target: Tensor, margin_lipschitz: Tensor, epsil
     ⊥ is the logit that a perturbation of radius ε could bring another class to; the divergence is −log(1 − p_⊥).
 
     Args:
-        margin_lipschitz: (K, K); gradients flow through it to the head.
-        epsilon: > 0, the radius to train for.
+        logits: (N, K).
+        target: (N,), the true classes.
+        margin_lipschitz: (K, K), the constants of f_y − f_j; gradients flow through it to the head.
+        epsilon: the radius to train for, above 0.
         trade_off: λ ≥ 0. 0 is cross-entropy; larger ones give up clean accuracy for predictions, right or wrong, that
             hold within ε.
 
@@ -221,6 +242,10 @@ class CrossEntropy(nn.Module):
 class OffsetCrossEntropy(nn.Module):
     """`offset_cross_entropy` as a module; forward(logits, target).
 
+    Args:
+        offset: u ≥ 0, in units of the logits; larger offsets trade clean accuracy for larger margins.
+        temperature: t > 0.
+
     >>> OffsetCrossEntropy(offset=3.0, temperature=1.0)
     OffsetCrossEntropy(offset=3.0, temperature=1.0)
     """
@@ -238,7 +263,11 @@ class OffsetCrossEntropy(nn.Module):
 
 
 class EMMA(RadiusLoss):
-    """`emma` as a module; forward(logits, target, margin_lipschitz)."""
+    """`emma` as a module; forward(logits, target, margin_lipschitz).
+
+    Args:
+        epsilon: the radius to train for, above 0.
+    """
 
     def __init__(self, epsilon: float) -> None:
         super().__init__()
@@ -253,6 +282,12 @@ class EMMA(RadiusLoss):
 
 class LogitAnnealing(RadiusLoss):
     """`logit_annealing` on EMMA's logits, as BRONet trains; epsilon = 0 takes the plain logits.
+
+    Args:
+        temperature: T > 0.
+        offset: ξ ≥ 0, in units of the logits.
+        exponent: β ≥ 0; 0 is the offset cross-entropy.
+        epsilon: the radius to train for, at least 0; 0 takes the plain logits.
 
     Source: Lai et al. 2025, arXiv 2505.15174.
     """
@@ -276,7 +311,11 @@ class LogitAnnealing(RadiusLoss):
 
 
 class CertificateRegularization(MarginLoss):
-    """`certificate_regularization` as a module; forward(logits, target, margin_lipschitz)."""
+    """`certificate_regularization` as a module; forward(logits, target, margin_lipschitz).
+
+    Args:
+        gamma: γ ≥ 0, per unit of radius; larger ones trade clean accuracy for large radii.
+    """
 
     def __init__(self, gamma: float = 0.1) -> None:
         super().__init__()
@@ -290,7 +329,11 @@ class CertificateRegularization(MarginLoss):
 
 
 class MultiMargin(nn.Module):
-    """`multi_margin` as a module; forward(logits, target)."""
+    """`multi_margin` as a module; forward(logits, target).
+
+    Args:
+        margin: u > 0, in units of the logits; larger ones trade clean for certified accuracy.
+    """
 
     def __init__(self, margin: float = 1.0) -> None:
         super().__init__()
@@ -304,7 +347,12 @@ class MultiMargin(nn.Module):
 
 
 class HKR(nn.Module):
-    """`hkr` as a module; forward(logits, target)."""
+    """`hkr` as a module; forward(logits, target).
+
+    Args:
+        hinge: λ ≥ 0; large ones (10 – 100) ask for the margin on every point.
+        margin: m > 0, in units of the logits; larger ones trade clean for certified accuracy at larger radii.
+    """
 
     def __init__(self, hinge: float = 10.0, margin: float = 1.0) -> None:
         super().__init__()
@@ -319,7 +367,12 @@ class HKR(nn.Module):
 
 
 class GloRoTrades(RadiusLoss):
-    """`gloro_trades` as a module; forward(logits, target, margin_lipschitz)."""
+    """`gloro_trades` as a module; forward(logits, target, margin_lipschitz).
+
+    Args:
+        epsilon: the radius to train for, above 0.
+        trade_off: λ ≥ 0; larger ones trade clean for certified accuracy.
+    """
 
     def __init__(self, epsilon: float, trade_off: float = 1.0) -> None:
         super().__init__()

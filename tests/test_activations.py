@@ -11,12 +11,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from audit import executed_in_double, jacobian, train_to_exceed
 from torch import Tensor, nn
 
 import liplayers as lip
 from liplayers.errors import ArgumentError, ShapeError, UnknownBoundError, UnknownNameError
 from liplayers.modules.activations import SLOPE_RANGES, tied_channels
+from liplayers.testing.measure import executed_in_double, jacobian, train_to_exceed
 
 ANGLES = [0.0, 1e-9, 0.3, math.pi / 2, math.pi, 2.5, -4.0, 2 * math.pi, 1e3, -1e9, 1e9]
 SHAPES = {"vectors": (6, 5), "sequences": (4, 5, 3), "images": (3, 5, 2, 4)}

@@ -13,7 +13,10 @@ from torch import nn
 import liplayers as lp
 from benchmarks import bounds
 from liplayers.bounds import norm_table
+from liplayers.bounds.composition import head_splitter
 from liplayers.errors import NonFiniteError, ShapeError, UnknownBoundError
+from liplayers.linalg.verified import conv_norm_enclosure
+from liplayers.losses import emma
 
 
 def jacobian_norm(module: nn.Module, shape: tuple[int, ...], points: int = 3) -> float:
@@ -636,3 +639,61 @@ def test_the_benchmark_has_a_row_for_each_family_and_no_bound_below_the_norm(tmp
     assert set(enclosed.family) == {"torch", "aol", "bcop"}
     text = (tmp_path / "bounds_quick.md").read_text(encoding="utf-8")
     assert all(f"| {name} |" in text for name in ("torch", "aol", "bcop", "sll"))
+
+
+# Estimates ------------------------------------------------------------------------------------------------------------
+
+
+def free_network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    inner = nn.Sequential(lp.FreeResidualConv2dBlock(8, dtype=dtype), lp.MaxMin())
+    stem = lp.FreeConv2d(3, 8, 3, padding=1, dtype=dtype)
+    head = lp.NormalizedLinear(6, 3, dtype=dtype)
+    network = nn.Sequential(stem, lp.MaxMin(), inner, nn.Flatten(), lp.AOLLinear(8 * 36, 6, dtype=dtype), head)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+def test_the_estimate_of_a_body_is_close_below_its_bound_and_has_its_gradient():
+    network = free_network()
+    split = head_splitter(network, (3, 6, 6), estimates=True)
+
+    def logarithm() -> torch.Tensor:
+        found = split()
+        return (found.body_bound * found.scale).log()
+
+    estimate = logarithm()
+    proven = math.log(lp.split_head(network, (3, 6, 6)).body_bound)
+    assert proven - 0.04 <= estimate.item() <= proven
+    estimate.backward()
+    for layer in (network[0], network[2][0]):
+        step = 1e-4 * layer.raw.grad
+        before = conv_norm_enclosure(layer.effective().detach()).lower
+        with torch.no_grad():
+            layer.raw.add_(step)
+        after = conv_norm_enclosure(layer.effective().detach()).lower
+        expected = (layer.raw.grad * step).sum().item()
+        assert math.log(after / before) == pytest.approx(expected, rel=0.05)
+    assert all(layer.grad is None for layer in network[4].parameters())
+
+
+def test_a_loss_that_is_given_the_constants_trains_the_scale():
+    network = free_network(torch.float32)
+    constants = head_splitter(network, (3, 6, 6), estimates=True)().margin_lipschitz(3)
+    x, labels = torch.rand(4, 3, 6, 6), torch.tensor([0, 1, 2, 0])
+    emma(network(x), labels, constants, epsilon=0.5).backward(inputs=[network[0].raw], retain_graph=True)
+    with_constants, network[0].raw.grad = network[0].raw.grad.clone(), None
+    emma(network(x), labels, constants.detach(), epsilon=0.5).backward(inputs=[network[0].raw])
+    assert (with_constants - network[0].raw.grad).norm() > 1e-3 * with_constants.norm()
+
+
+def test_a_free_layer_within_a_container_counts_as_a_number():
+    layer = lp.FreeConv2d(3, 3, 3, padding=1)
+    with torch.no_grad():
+        layer.raw.mul_(2)
+    model = nn.Sequential(lp.ConvexResidual(layer, alpha=0.5), nn.Flatten(), nn.Linear(48, 2))
+    split = head_splitter(model, (3, 4, 4), estimates=True)()
+    assert split.scale == 1
+    assert split.body_bound == pytest.approx(1.5, rel=0.01)

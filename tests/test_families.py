@@ -10,13 +10,14 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from audit import MATRICES, jacobian, operator_norm, singular_values
 from torch import Tensor, nn
 
 import liplayers as lip
 from liplayers.layers.bcop import compose_projector
 from liplayers.linalg.convolution import grid_slack, polyphase, symbol_norm_estimate
 from liplayers.linalg.orthogonal import projector
+from liplayers.testing.extremes import MATRICES
+from liplayers.testing.measure import jacobian, operator_norm, singular_values
 
 F64 = torch.float64
 

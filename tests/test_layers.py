@@ -8,13 +8,13 @@ from itertools import product
 
 import pytest
 import torch
-from audit import jacobian, operator_norm, worst_norm
 from torch import Tensor, nn
 
 import liplayers as lip
 from liplayers.core.module import LipschitzModule
 from liplayers.errors import ArgumentError, LipschitzError, ShapeError, UnknownNameError
 from liplayers.linalg.norms import row_distances
+from liplayers.testing.measure import jacobian, operator_norm, worst_norm
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

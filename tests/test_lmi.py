@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from audit import jacobian, train_to_exceed, worst_norm
 from exact import Rows, is_positive_definite, rational, rows_of
 from flint import fmpq
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from liplayers.errors import ArgumentError, LipschitzError, ShapeError
 from liplayers.layers.bases.lmi import Conv2dLMIBlock, DenseLMIBlock
 from liplayers.linalg.lmi import ExplicitWeights, Sector, is_proven, ldlt_weights, limited, proven_lipschitz
 from liplayers.modules.activations import sector, tied_channels
+from liplayers.testing.measure import jacobian, train_to_exceed, worst_norm
 
 DEPTHS = {LDLTBlock: True, LDLTSequential: True, LBDN: True, GershgorinBlock: True, SandwichBlock: False}
 SIZES = (7, 3, 6, 5, 4)

@@ -16,7 +16,6 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from audit import executed_in_double, operator_norm, worst_norm
 from torch import Tensor, nn
 
 import liplayers as lip
@@ -32,6 +31,7 @@ from liplayers.linalg.stiefel import (
     skew_gradient,
     tangent,
 )
+from liplayers.testing.measure import executed_in_double, operator_norm, worst_norm
 from liplayers.training import Lookahead, ManifoldAdamW, ManifoldMuon, warmup_cosine
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

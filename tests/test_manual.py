@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 
 import hydra
@@ -26,12 +28,13 @@ WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text(encoding=
 def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     registered = set(FAMILIES)
-    names = {"__name__": "manual"}
+    module = types.ModuleType("manual")
+    monkeypatch.setitem(sys.modules, "manual", module)  # so that its classes can be pickled
     try:
         blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
         for number, block in enumerate(blocks, 1):
             torch.manual_seed(0)
-            exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+            exec(compile(block, f"{page.name}, block {number}", "exec"), vars(module))
     finally:
         for family in set(FAMILIES) - registered:
             del FAMILIES[family]

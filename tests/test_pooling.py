@@ -9,11 +9,11 @@ import pickle
 
 import pytest
 import torch
-from audit import jacobian, operator_norm, singular_values
 from torch import Tensor, nn
 
 import liplayers as lip
 from liplayers.errors import ArgumentError, NonFiniteError, ShapeError, UnknownBoundError
+from liplayers.testing.measure import jacobian, operator_norm, singular_values
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -20,9 +20,10 @@ from omegaconf import OmegaConf
 import liplayers as lp
 from liplayers import cli
 from liplayers.bounds.composition import head_splitter
-from liplayers.checkpoint import load_checkpoint
+from liplayers.checkpoint import Checkpoint, load_checkpoint
 from liplayers.cli.configuration import build, build_data
 from liplayers.cli.train import GROUPS
+from liplayers.core.registry import get_layer
 from liplayers.errors import ArgumentError, CheckpointError, ConfigError, LipschitzError, OutputError, ShapeError
 from liplayers.training import CertifiedClassifier
 
@@ -817,3 +818,17 @@ def test_certify_wrong_image_size_names_both(ckpt, tmp_path):
     torch.save(content, tmp_path / "x.ckpt")
     with pytest.raises(ShapeError, match=r"\(1, 8, 8\).*\(1, 4, 16\)"):
         certify(f"ckpt={tmp_path}/x.ckpt")
+
+
+STOOD_FOR = [("rescaled", "0.1.0", True), ("aol", "0.1.0", False), ("rescaled", "0.2.0", False), ("rko", "x", True)]
+
+
+@pytest.mark.parametrize(("stem", "version", "refused"), STOOD_FOR)
+def test_a_checkpoint_whose_parameters_stood_for_other_weights_is_refused(stem, version, refused, tmp_path):
+    model = torch.nn.Sequential(get_layer(stem, "conv")(3, 4, 3), torch.nn.Flatten(), lp.NormalizedLinear(16, 2))
+    checkpoint = Checkpoint(tmp_path, "", version, {}, (3, 4, 4), ("a", "b"), 0, 0, model.state_dict())
+    if refused:
+        with pytest.raises(CheckpointError, match=rf"liplayers {version}, where 0 \(Rescaled|version='x'"):
+            checkpoint.load_into(model)
+    else:
+        checkpoint.load_into(model)

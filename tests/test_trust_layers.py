@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from audit import EVERY, example, operator_norm
+from audit import EVERY, example
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -22,6 +22,7 @@ from liplayers.checkpoint import widen_scalars
 from liplayers.core.module import SettledModule
 from liplayers.errors import ArgumentError, LipschitzError, SettledError, ShapeError, UnknownBoundError
 from liplayers.modules.frozen import FrozenFourierConv2d, FrozenPolynomialConv2d, Placement
+from liplayers.testing.measure import operator_norm
 
 REGISTERED = pytest.mark.parametrize(("family", "role"), EVERY, ids=["-".join(e) for e in EVERY])
 IMAGE = (4, 6, 6)

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from audit import EVERY, worst_norm
+from audit import EVERY
 from torch import Tensor, nn
 
 import liplayers as lp
 from liplayers import FAMILIES
 from liplayers.errors import ArgumentError, SettledError, ShapeError
 from liplayers.layers.bases.dense import LipschitzLinear
+from liplayers.testing.measure import worst_norm
 
 REGISTERED = pytest.mark.parametrize(("family", "role"), EVERY, ids=["-".join(e) for e in EVERY])
 

@@ -182,14 +182,20 @@ def pgd(
     counted.
 
     Args:
-        inputs: (N, *shape), float64. labels: (N,).
-        radius: (N,), one for each sample; beyond 1e6·max(1, ‖x‖) is not searched.
+        model: in evaluation mode and float64.
+        inputs: (N, *shape), float64.
+        labels: (N,), the true classes.
+        radius: (N,), float64, one for each sample; what lies beyond 1e6·max(1, ‖x‖) is not searched.
+        generator: of the random numbers.
         loss: a key of `LOSSES`.
         targets: (N,), the classes to move to; None for any.
+        steps: gradient steps of each run.
         restarts: number of runs.
 
     Raises:
-        ArgumentError, ShapeError: tensors of another dtype or shape, a radius that is negative or NaN.
+        ArgumentError: a model in training mode or not in float64, labels that are no classes, a radius that is negative
+            or NaN.
+        ShapeError: tensors of another shape; labels that are not int64, or a radius that is not float64.
         DataError: no samples, or inputs that are not finite.
 
     Source: Madry et al. 2018, arXiv 1706.06083.
@@ -230,7 +236,24 @@ def apgd(
 ) -> Attacked:
     """Auto-PGD over ℓ2 balls: momentum, and steps that halve from 2·radius where progress stalls, back at the best.
 
-    Arguments, result and errors are those of `pgd`; the first run starts at the centre.
+    The first run starts at the centre, further ones at random points of the ball.
+
+    Args:
+        model: in evaluation mode and float64.
+        inputs: (N, *shape), float64.
+        labels: (N,), the true classes.
+        radius: (N,), float64, one for each sample; what lies beyond 1e6·max(1, ‖x‖) is not searched.
+        generator: of the random numbers.
+        loss: a key of `LOSSES`.
+        targets: (N,), the classes to move to; None for any.
+        steps: gradient steps of each run.
+        restarts: number of runs.
+
+    Raises:
+        ArgumentError: a model in training mode or not in float64, labels that are no classes, a radius that is negative
+            or NaN.
+        ShapeError: tensors of another shape; labels that are not int64, or a radius that is not float64.
+        DataError: no samples, or inputs that are not finite.
 
     Source: Croce & Hein 2020, arXiv 2003.01690, Algorithm 1.
 
@@ -303,13 +326,26 @@ def attack(
 ) -> Attacked:
     """PGD on the margin; APGD on cross-entropy, on DLR, and on the margin to each of the nearest classes.
 
-    Each run attacks only what the earlier ones left. "Nearest" is by margin over the norm of its gradient. Balls and
-    errors are as in `pgd`; the same seed gives the same points.
+    Each run attacks only what the earlier ones left. "Nearest" is by margin over the norm of its gradient. The balls
+    are those of `pgd`. The same seed gives the same points.
 
     Args:
+        model: in evaluation mode and float64.
+        inputs: (N, *shape), float64.
+        labels: (N,), the true classes.
+        radius: (N,), float64, one for each sample; what lies beyond 1e6·max(1, ‖x‖) is not searched.
         methods: "pgd", "apgd" or both.
-        steps, restarts: of each run.
-        classes: how many are targeted.
+        steps: gradient steps of each run.
+        restarts: number of runs of each method and loss.
+        classes: how many of the nearest classes are targeted.
+        seed: of the random numbers.
+        batch_size: samples in a batch.
+
+    Raises:
+        ArgumentError: a model in training mode or not in float64, labels that are no classes, a radius that is negative
+            or NaN.
+        ShapeError: tensors of another shape; labels that are not int64, or a radius that is not float64.
+        DataError: no samples, or inputs that are not finite.
 
     >>> model = nn.Linear(2, 3).double().eval()
     >>> x = torch.rand(5, 2).double()
@@ -357,8 +393,19 @@ def _runs(
 def headroom(model: nn.Module, inputs: Tensor, labels: Tensor, *, batch_size: int = 256) -> Tensor:
     """min_{j≠y} m_j/‖∇m_j(x)‖, the distance to the boundary of the model linearised at x, (N,); m_j = f_y − f_j.
 
-    What a local method could certify at most, about: an estimate, not a certificate. Where the label is not predicted
-    it is 0. Errors as in `pgd`.
+    An estimate of what a local method could certify at most, not a certificate. Where the label is not predicted it is
+    0.
+
+    Args:
+        model: in evaluation mode and float64.
+        inputs: (N, *shape), float64.
+        labels: (N,), the true classes.
+        batch_size: samples in a batch.
+
+    Raises:
+        ArgumentError: a model in training mode or not in float64, labels that are no classes.
+        ShapeError: tensors of another shape, or labels that are not int64.
+        DataError: no samples, or inputs that are not finite.
 
     >>> model = nn.Linear(1, 2, bias=False).double().eval()
     >>> _ = model.load_state_dict({"weight": torch.tensor([[1.0], [-1.0]])})
@@ -391,7 +438,7 @@ def linear_distances(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor
 
 
 def gradient_of(value: Tensor, x: Tensor, keep: bool = False) -> Tensor:
-    """Of each row's value; zero where the value does not depend on x."""
+    """The gradient of each row's value; zero where the value does not depend on x."""
     if not value.requires_grad:
         return torch.zeros_like(x)
     return torch.autograd.grad(value.sum(), x, retain_graph=keep, materialize_grads=True)[0]

@@ -174,16 +174,22 @@ def audit(
     audit.
 
     Args:
-        inputs: (N, *shape), float64. labels: (N,), the true classes.
+        model: in evaluation mode and float64.
+        inputs: (N, *shape), float64.
+        labels: (N,), the true classes.
         radius: (N,), float64, the certified radii of the predictions; 0 where nothing is certified.
         margin_lipschitz: (K, K), the constants of f_y − f_j behind the radii.
         certify: the certified radii of other inputs, (M, *shape) → (M,).
         eps: radii to attack at.
-        steps: of each run of an attack.
+        seed: of the random numbers.
+        steps: gradient steps of each run of an attack.
+        batch_size: samples in a batch.
         progress: called with the number of stages that are done, first with 0, and of all stages.
 
     Raises:
-        ArgumentError, ShapeError: tensors of another dtype or shape; a radius or ε that is negative or NaN.
+        ArgumentError: a model in training mode or not in float64, labels that are no classes, a radius or ε that is
+            negative or NaN.
+        ShapeError: tensors of another shape; labels that are not int64, or a radius that is not float64.
         DataError: no samples, or inputs that are not finite.
 
     >>> from liplayers.certification.radius import certified_radius

@@ -29,14 +29,26 @@ HALVINGS = (16, 20, 24, 28, 32, 36, 40, 42, 44, 46, 48, 50, 52, 56)  # margins f
 def boundary_points(
     model: nn.Module, inputs: Tensor, labels: Tensor, *, seed: int = 0, batch_size: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """Points that the model barely gives their label: margins from 1e-5 of the input's down to their own rounding.
+    """Points that barely keep their label: margins from 1e-5 of the input's down to their own rounding.
 
     From each input an attack, in a ball of three times its headroom, looks for a point of another class; the segment
     between them is halved in float64, and the label's end kept after each of `HALVINGS`. Inputs from which nothing is
     found, or whose label is not predicted, give no points.
 
+    Args:
+        model: in evaluation mode and float64.
+        inputs: (N, *shape), float64, to start from.
+        labels: (N,), the true classes.
+        seed: of the random numbers.
+        batch_size: samples in a batch.
+
     Returns:
-        points (M, *shape) and labels (M,); M may be 0. Errors as in `pgd`.
+        points (M, *shape) and labels (M,); M may be 0.
+
+    Raises:
+        ArgumentError: a model in training mode or not in float64, labels that are no classes.
+        ShapeError: tensors of another shape, or labels that are not int64.
+        DataError: no samples, or inputs that are not finite.
 
     >>> model = nn.Linear(2, 2).double().eval()
     >>> x = torch.rand(4, 2).double()
@@ -84,10 +96,25 @@ def rounding_attack(
     seed: int = 0,
     batch_size: int = 256,
 ) -> Attacked:
-    """Looks in tiny balls for any float64 point of another class: what rounding errors alone may bring about.
+    """Look in tiny balls for a float64 point of another class, which rounding errors alone may bring about.
 
-    Tries points at and just below the radius along the gradient of the margin, with and without noise, in random
-    directions, and changes of single units in the last place. Errors as in `pgd`.
+    It tries points at and just below the radius along the gradient of the margin, with and without noise, in random
+    directions, and changes of single units in the last place.
+
+    Args:
+        model: in evaluation mode and float64.
+        points: (N, *shape), float64, the centres of the balls.
+        labels: (N,), the true classes.
+        radius: (N,), float64, one for each sample; what lies beyond 1e6·max(1, ‖x‖) is not searched.
+        trials: points that are tried for each centre.
+        seed: of the random numbers.
+        batch_size: samples in a batch.
+
+    Raises:
+        ArgumentError: a model in training mode or not in float64, labels that are no classes, a radius that is negative
+            or NaN.
+        ShapeError: tensors of another shape; labels that are not int64, or a radius that is not float64.
+        DataError: no samples, or inputs that are not finite.
 
     >>> model = nn.Linear(2, 2).double().eval()
     >>> x = torch.rand(4, 2).double()
@@ -113,7 +140,7 @@ def rounding_attack(
 
 
 def _nudged(z: Tensor, ascent: Tensor, length: Tensor, trial: int, generator: torch.Generator) -> Tensor:
-    """One trial of the rounding attack: of every four two go uphill, one anywhere, one by single units."""
+    """One trial of the rounding attack: of four, two go uphill, one anywhere, one by single units."""
     noise = random_direction(z, generator)
     if trial % 4 == 3:
         chosen = torch.rand(z.shape, dtype=z.dtype, device=z.device, generator=generator) < 2.0 ** -(trial // 4 % 8)

@@ -1,4 +1,4 @@
-"""Lower bounds of Lipschitz constants: the steepest difference quotient found, to be at most what is proven."""
+"""Lower bounds of Lipschitz constants: the steepest difference quotient found. It must not exceed what is proven."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ def lipschitz_lower_bound(
     Args:
         function: (N, *shape) → (N, *any), row by row, in float64.
         inputs: (N, *shape), float64, to start from.
+        steps: steps of the ascent from each input.
+        seed: of the random numbers.
+        batch_size: samples in a batch.
 
     >>> model = nn.Linear(3, 3, bias=False).double()
     >>> bound = lipschitz_lower_bound(model, torch.rand(4, 3).double(), steps=100)
@@ -99,7 +102,14 @@ def margin_ratio_lower_bound(
     1e-9·max L is added to each L_yj, for the rounding of the evaluation.
 
     Args:
+        model: in evaluation mode and float64.
+        inputs: (N, *shape), float64, to start from.
+        labels: (N,), the true classes.
         margin_lipschitz: (K, K), the constants to refute.
+        steps: steps of the ascent from each input.
+        classes: how many of the nearest classes are tried.
+        seed: of the random numbers.
+        batch_size: samples in a batch.
 
     >>> model, x = nn.Linear(2, 2).double().eval(), torch.rand(3, 2).double()
     >>> L = torch.cdist(model.weight, model.weight)

@@ -10,7 +10,7 @@ computed. Every number is rounded upward.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
@@ -48,18 +48,18 @@ __all__ = [
 def lipschitz_bound(model: nn.Module, input_shape: Shape | None = None) -> float:
     """A proven upper bound on the ℓ2 Lipschitz constant of `model`.
 
+    The bound is for the mode, training or evaluation, that the model is in, and for the weights as they run: inside
+    autocast, rounded to its dtype.
+
     Args:
         model: any module whose parts are known.
         input_shape: of one input, without the batch dimension. Needed where a bound depends on the image size, and
             where a forward method has to be traced; the model is then run once on zeros, which also shows that it
             accepts that shape, and a copy of it on random inputs where there is a trace to compare with.
 
-    The bound is for the mode, training or evaluation, that the model is in, and for the weights as they run: inside
-    autocast, rounded to its dtype.
-
     Raises:
-        UnknownBoundError: parts without a known bound, or changed by a hook, or whose trace is not what they compute;
-            all of them, by path and type, also as `error.obstacles`. No norm has been computed by then.
+        UnknownBoundError: parts without a known bound, or changed by a hook, or whose trace is not what they compute.
+            The error names all of them by path and type, also as `error.obstacles`, before any norm is computed.
         ShapeError: the model does not accept inputs of that shape.
         NonFiniteError: the parameters contain NaN or infinity.
 
@@ -74,6 +74,16 @@ def lipschitz_bound(model: nn.Module, input_shape: Shape | None = None) -> float
 def layer_bounds(model: nn.Module, input_shape: Shape | None = None) -> dict[str, float]:
     """The bound of each module on the walk through `model`, by path; the empty path is the whole.
 
+    Args:
+        model: any module whose parts are known.
+        input_shape: of one input, without the batch dimension; needed where a bound depends on the image size, and
+            where a forward method has to be traced.
+
+    Raises:
+        UnknownBoundError: parts without a known bound, as `lipschitz_bound` finds them.
+        ShapeError: the model does not accept inputs of that shape.
+        NonFiniteError: the parameters contain NaN or infinity.
+
     >>> from liplayers import AOLLinear, Scale
     >>> layer_bounds(nn.Sequential(AOLLinear(4, 4), Scale(3.0)), (4,))
     {'0': 1.0, '1': 3.0, '': 3.0}
@@ -87,6 +97,10 @@ def register_bound(module_type: type[nn.Module], rule: Callable[[nn.Module, Shap
     """State the bound of a module type from outside liplayers: rule(module, input shape or None) → bound.
 
     The rule is trusted; it holds for that exact type, not for subclasses.
+
+    Args:
+        module_type: the exact type, without its subclasses.
+        rule: (module, input shape or None) → bound.
     """
     RULES[module_type] = lambda module, shape: partial(rule, module, shape)
 
@@ -98,10 +112,12 @@ class HeadSplit:
     Attributes:
         body_bound: of everything below the head, or of the whole model where there is no linear head.
         head: the last linear layer, or None.
+        scale: what else the body is multiplied by: of estimates, the product of those that are tensors.
     """
 
     body_bound: float
     head: nn.Module | None
+    scale: float | Tensor = 1.0
 
     def margin_lipschitz(self, num_classes: int) -> Tensor:
         """Lipschitz constants of all logit differences f_y − f_j, (K, K), zeros on the diagonal.
@@ -111,15 +127,26 @@ class HeadSplit:
         """
         if self.head is None:
             constant = upward.product(upward.root(2), self.body_bound)
-            return constant * (1 - torch.eye(num_classes, dtype=torch.float64))
+            return constant * (1 - torch.eye(num_classes, dtype=torch.float64)) * self.scale
         weight: Tensor = self.head.weight  # type: ignore[assignment]
         if weight.shape[0] != num_classes:
             raise ShapeError(f"the head has {weight.shape[0]} rows, num_classes is {num_classes}")
-        return rounded_up(self.body_bound * row_distances(weight.to(executed_dtype(weight)).double()))
+        distances = row_distances(weight.to(executed_dtype(weight)).double())
+        return rounded_up(self.body_bound * distances) * self.scale
 
 
 def split_head(model: nn.Module, input_shape: Shape | None = None) -> HeadSplit:
-    """Split a classifier into a body with a bound and its linear head; errors as `lipschitz_bound`.
+    """Split a classifier into a body with a bound and its linear head.
+
+    Args:
+        model: any module whose parts are known.
+        input_shape: of one input, without the batch dimension; needed where a bound depends on the image size, and
+            where a forward method has to be traced.
+
+    Raises:
+        UnknownBoundError: parts without a known bound, as `lipschitz_bound` finds them.
+        ShapeError: the model does not accept inputs of that shape.
+        NonFiniteError: the parameters contain NaN or infinity.
 
     >>> from liplayers import AOLLinear, NormalizedLinear
     >>> split_head(nn.Sequential(AOLLinear(4, 4), NormalizedLinear(4, 3)), (4,)).body_bound
@@ -134,9 +161,15 @@ def head_splitter(
     """`split_head` of a model whose weights change, and nothing else: its structure is understood once.
 
     Args:
-        model: as for `lipschitz_bound`.
-        input_shape: as for `lipschitz_bound`.
+        model: any module whose parts are known.
+        input_shape: of one input, without the batch dimension; needed where a bound depends on the image size, and
+            where a forward method has to be traced.
         estimates: whether layers say `lipschitz_estimate`, which proves nothing, instead of `lipschitz_bound`.
+
+    Raises:
+        UnknownBoundError: parts without a known bound, as `lipschitz_bound` finds them.
+        ShapeError: the model does not accept inputs of that shape.
+        NonFiniteError: the parameters contain NaN or infinity.
 
     >>> from liplayers import AOLLinear, ConvexResidual, NormalizedLinear
     >>> model = nn.Sequential(ConvexResidual(nn.Linear(4, 4)), NormalizedLinear(4, 3))
@@ -150,6 +183,8 @@ def head_splitter(
 
     def split() -> HeadSplit:
         walk.found.clear()
+        if estimates:
+            return walk.estimated_split()
         _check_finite(model, "")
         return walk.split(walk.root)
 
@@ -158,7 +193,7 @@ def head_splitter(
 
 @dataclass(frozen=True)
 class ClassifierBounds:
-    """Everything that one walk over a classifier proves.
+    """Everything that is proven in one walk over a classifier.
 
     Attributes:
         split: the body with its bound, and the head.
@@ -173,7 +208,17 @@ class ClassifierBounds:
 
 
 def classifier_bounds(model: nn.Module, input_shape: Shape | None = None) -> ClassifierBounds:
-    """`split_head` and `layer_bounds` in one walk; errors as `lipschitz_bound`.
+    """`split_head` and `layer_bounds` in one walk.
+
+    Args:
+        model: any module whose parts are known.
+        input_shape: of one input, without the batch dimension; needed where a bound depends on the image size, and
+            where a forward method has to be traced.
+
+    Raises:
+        UnknownBoundError: parts without a known bound, as `lipschitz_bound` finds them.
+        ShapeError: the model does not accept inputs of that shape.
+        NonFiniteError: the parameters contain NaN or infinity.
 
     >>> found = classifier_bounds(nn.Sequential(nn.ReLU(), nn.Linear(4, 3)), (4,))
     >>> found.split.body_bound, found.lower["1"] <= found.upper["1"]
@@ -250,7 +295,7 @@ class _Walk:
         if _is_ours(module):
             require_intact(module)
             module.check_parts()
-            part.compute = module.lipschitz_estimate if self.estimates else module.lipschitz_bound
+            part.compute = (lambda: float(module.lipschitz_estimate())) if self.estimates else module.lipschitz_bound
         elif _is_container(module):
             require_intact(module, parts=False)
             names = {child: name for name, child in module.named_modules()}
@@ -376,6 +421,24 @@ class _Walk:
             return self.bound(self.parts[_join(part.path, name)])
 
         return [graph_bounds(program.graph, leaf_bound, shapes) for shapes in part.shapes]
+
+    def estimated_split(self) -> HeadSplit:
+        """With the estimates of the layers in sequence as they are, tensors too, and no value of these read."""
+        chain = list(self._chain(self.root))
+        ours = [part for part in chain if _is_ours(part.module)]
+        self.found.update({part.path: 1.0 for part in ours})
+        found = self.split(self.root)
+        factors: list[Any] = [p.module.lipschitz_estimate() for p in ours if p.module is not found.head]  # type: ignore
+        tensors = [factor for factor in factors if isinstance(factor, Tensor)]
+        body = upward.product(found.body_bound, *(f for f in factors if not isinstance(f, Tensor)))
+        return HeadSplit(body, found.head, math.prod(tensors, start=1.0))
+
+    def _chain(self, part: _Part) -> Iterator[_Part]:
+        if part.is_sequence:
+            for child in part.children:
+                yield from self._chain(child)
+        else:
+            yield part
 
     def split(self, part: _Part) -> HeadSplit:
         inner = self._split(part)

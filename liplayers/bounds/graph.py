@@ -151,9 +151,10 @@ def graph_bounds(
     """The bound of each value of a graph.
 
     Args:
+        graph: of a traced forward method.
         leaf_bound: path of a leaf module → its bound.
         shapes: of the values, or None where the input's shape is not known; sums of tensors then raise.
-        refused: takes the errors, to find all of them; those values then count as 1.
+        refused: a list that collects all errors, where the first is not to be raised; those values then count as 1.
 
     Raises:
         UnknownBoundError: an operation of unknown effect.

@@ -118,8 +118,9 @@ def lipsdp_bound(model: nn.Module, input_shape: Shape, *, max_size: int = 350) -
     Raises:
         ArgumentError: a module that is not among these, by path and type; an inequality larger than max_size.
         MissingPackageError: without the extra liplayers[sdp].
-        UnknownBoundError, ShapeError, NonFiniteError: as `lipschitz_bound`; ShapeError too where a dense layer gets
-            anything but vectors.
+        UnknownBoundError: a part without a known bound, as in `lipschitz_bound`.
+        ShapeError: the model does not accept inputs of that shape, or a dense layer gets anything but vectors.
+        NonFiniteError: the parameters contain NaN or infinity.
 
     Source: Fazlyab et al. 2019 (arXiv 1906.04893); for MaxMin, Pauli et al. 2024 (arXiv 2401.14033).
 
@@ -151,7 +152,7 @@ def lipsdp_bound(model: nn.Module, input_shape: Shape, *, max_size: int = 350) -
 
 
 def _above(x: float, roundings: int) -> float:
-    """At least the exact value of what was computed as x, a nonnegative expression, by so many roundings."""
+    """An upper bound of a nonnegative expression that was computed as x with so many roundings."""
     return math.nextafter(_up(x, roundings), math.inf)
 
 

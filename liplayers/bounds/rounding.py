@@ -83,14 +83,14 @@ class Arithmetic:
         return self.gamma(8 * (2 * n + 8) if is_complex else n + 2)
 
     def rounded(self, value: Value, roundings: int, entries: int) -> Value:
-        """With γ_roundings·‖ĥ‖ of error more, and what underflow may lose in each entry."""
+        """The value with γ_roundings·‖ĥ‖ more of error, and with what underflow may lose in each entry."""
         more = self.gamma(roundings) * value.computed + self.tiny * roundings * math.sqrt(entries)
         return Value(value.magnitude, value.error + more)
 
 
 @dataclass(frozen=True)
 class RoundingRow:
-    """One module: where it is, its bound, the norm of what leaves it, the error made in it, and that which leaves it.
+    """One module: where it is, its bound, the norm of its output, the error made in it, the error of its output.
 
     All for inputs of the norm that was asked for; a module that runs several times has its last run here.
     """
@@ -206,7 +206,7 @@ def _storage(x: Tensor) -> int:
 
 
 def _entries(x: Tensor) -> int:
-    """How many there are in the storage of x."""
+    """The number of entries in the storage of x."""
     return x.untyped_storage().nbytes() // x.element_size()
 
 
@@ -240,7 +240,7 @@ class _Run(TorchDispatchMode):
     # values
 
     def get(self, x: Any) -> Value:
-        """Of a tensor, or of a number as a tensor of one entry."""
+        """The value of a tensor, or of a number as a tensor of one entry."""
         if not isinstance(x, Tensor):
             return Value(abs(float(x)))
         value = self._values.get(_storage(x))
@@ -256,7 +256,7 @@ class _Run(TorchDispatchMode):
         return isinstance(x, Tensor) and _storage(x) in self._values
 
     def spread(self, x: Any, out: Tensor) -> Value:
-        """Of an operand that is broadcast to the shape of the result."""
+        """The value of an operand that is broadcast to the shape of the result."""
         entries = x.numel() if isinstance(x, Tensor) else 1
         return self.get(x).scaled(math.sqrt(out.numel() / entries)) if entries else Value(0.0)
 

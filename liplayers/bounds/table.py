@@ -34,6 +34,9 @@ def norm_table(model: nn.Module) -> list[NormRow]:
     several places is listed once. A convolution's norm is that on the infinite grid: no image of any size exceeds it
     with zero padding, large ones approach it. What other padding adds is counted by `lipschitz_bound`, not here.
 
+    Args:
+        model: any module.
+
     Raises:
         NonFiniteError: a weight contains NaN or infinity; named by its path.
 

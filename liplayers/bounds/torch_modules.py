@@ -113,7 +113,7 @@ def _conv_transpose2d(module: nn.ConvTranspose2d, shape: Shape | None) -> Callab
 
 
 def _overlaps(module: nn.MaxPool2d | nn.AvgPool2d) -> int:
-    """How many windows meet in a pixel; a pooling of norm 1 in each has the root as its norm."""
+    """How many windows meet in a pixel; pooling of norm 1 in each window has the root of it as its norm."""
     dilation = _pair(getattr(module, "dilation", 1))
     stride = module.kernel_size if module.stride is None else module.stride
     sizes = zip(_pair(module.kernel_size), _pair(stride), dilation, strict=True)

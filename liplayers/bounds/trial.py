@@ -3,9 +3,9 @@
 A copy of the model runs on batches of two sizes, with gradients and without, and every call of a module that the proof
 goes through is recorded. A sequence has to call its children one after the other, each with what the one
 before it returned. A program runs again on what its module was given, with what the modules that it calls returned, and
-has to give the same: those are the same operations on the same numbers, so the same to the bit. So that nothing hides
-behind zeros or NaN, both run again on random numbers, also in the place of what the modules return, in every mode that
-gradients have.
+has to give bit-identical results, since it does the same operations on the same numbers. Both also run on random
+numbers, in the place of what the modules return, too, and in every mode of gradients, so that nothing hides behind
+zeros or NaN.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Trial:
         programs: by path.
 
     Attributes:
-        refused: what computes otherwise than it was understood, by path; its reason.
+        refused: by path, what computes something else than was understood of it, with the reason.
         shapes: by program and shape of its input, those of the program's values without the batch dimension, None
             where they have none.
 
@@ -254,7 +254,7 @@ class Trial:
 
 
 def _given(x: Tensor) -> Tensor:
-    """x as an input in this mode: with a gradient where there are any, and no leaf, which cannot be written to."""
+    """x as an input in this mode. Where gradients are on it has one and is no leaf, which could not be written to."""
     return x.detach().requires_grad_(torch.is_grad_enabled()).clone()
 
 

@@ -260,7 +260,7 @@ class CertifiedNetwork(nn.Module):
                 )
 
     def _check_surroundings(self) -> None:
-        """Raise where something outside this object has a say in what it computes."""
+        """Raise where something outside this object may change what it computes."""
         everywhere = nn.modules.module
         hooks = (self._forward_hooks, self._forward_pre_hooks)
         if any((*hooks, everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)):

@@ -1,4 +1,4 @@
-"""Checks of arguments, shapes and dtypes, and the lines that they are refused with."""
+"""Checks of arguments, shapes and dtypes, with their error messages."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def check_transformed(owner: object, x: Tensor, dtype: torch.dtype) -> None:
 
 
 def check_odd_kernel(owner: object, kernel_size: int) -> None:
-    """Raise ArgumentError unless a kernel of this size keeps the image's with padding (k − 1)/2."""
+    """Raise ArgumentError unless a kernel of this size keeps the size of an image with padding (k − 1)/2."""
     check_positive(owner, kernel_size=kernel_size)
     if kernel_size % 2 == 0:
         raise ArgumentError(f"{type(owner).__name__}: kernel_size={kernel_size}; expected an odd number")

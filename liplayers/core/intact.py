@@ -1,4 +1,4 @@
-"""Whether a module computes what its class says: what every bound that goes by a type rests on."""
+"""Whether a module computes what its class says. Every bound that goes by a type rests on that."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TENSORS = [_static(kind, "__torch_function__") for kind in (torch.Tensor, nn.Pa
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Whether something beside its class's forward has a say in what it computes."""
+    """Whether something beside the forward of its class may change what it computes."""
     everywhere = torch.nn.modules.module
     hooked = module._forward_hooks or module._forward_pre_hooks
     hooked = hooked or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks

@@ -1,4 +1,4 @@
-"""What every module of liplayers is: settled once constructed, with a bound on its own Lipschitz constant."""
+"""The bases of every module: settings are fixed once it is constructed, and it states its Lipschitz bound."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ _CHANGING = frozenset({"_kept"})
 class SettledModule(nn.Module):
     """A module whose settings stay what the constructor made of them; its parameters and modules may change.
 
-    Weights, those kept, checks and bounds depend on settings in more ways than could be asked again at each use. What
-    is set a second time is refused, so constructors set each once; copies and pickles do not pass through here.
+    Weights, kept weights, checks and bounds depend on the settings in too many ways to ask for them again at each use.
+    Setting one a second time raises SettledError, so a constructor sets each once. Copies and pickles do not pass
+    through here.
     """
 
     frozen_for_one_shape = False  # whether what `frozen` returns accepts inputs of one shape only
@@ -77,6 +78,8 @@ class SettledModule(nn.Module):
 class LipschitzModule(SettledModule):
     """A module that states a proven bound on its own ℓ2 Lipschitz constant."""
 
+    weights_since = "0.1.0"  # the version of liplayers since which its parameters stand for the weights that they do
+
     def lipschitz_bound(self) -> float:
         """A proven upper bound on the Lipschitz constant of the map, in exact arithmetic on the exact weights.
 
@@ -92,10 +95,10 @@ class LipschitzModule(SettledModule):
         return self.lipschitz_bound()
 
     def check_parts(self) -> None:
-        """Raise ArgumentError or UnknownBoundError where its parts, as they are now, allow no bound; without norms."""
+        """Raise ArgumentError or UnknownBoundError where its parts allow no bound now; no norm is computed."""
 
     def constant_errors(self) -> dict[str, float]:
-        """How far buffers that stand for constants are from them, by the buffer's name; none unless a layer says so.
+        """How far each buffer that stands for a constant is from it, by name; empty unless a layer says so.
 
         Upper bounds on the spectral norm of the difference between a buffer as it runs and the exact constant, where
         lipschitz_bound() is about the exact one.

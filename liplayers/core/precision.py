@@ -1,4 +1,4 @@
-"""The precision that products run in: torch's settings for the whole process, held in any number of threads."""
+"""The precision of products: torch's settings for the whole process, held by any number of threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Setting", "exact_precision", "executed", "executed_dtype", "held"]
 
 
 def executed_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype that products with a weight run in here and now: its own, or autocast's, which lets float64 be."""
+    """The dtype that products with a weight run in here and now: its own, or autocast's, if not float64."""
     device = weight.device.type
     if device == "meta" or weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return weight.dtype
@@ -29,7 +29,7 @@ def executed(weight: Tensor) -> Tensor:
 class Setting:
     """A setting of torch's for the whole process, and how many threads need it to be `value`.
 
-    The first of them sets it, the last puts back what was there; where it has a value that will do, nothing is set.
+    The first thread sets it, and the last one restores what was there. Nothing is set where the value there will do.
     """
 
     def __init__(self, owner: Any, name: str, value: Any, will_do: tuple[Any, ...] = (), default: Any = None) -> None:
@@ -73,7 +73,7 @@ _settings_lock = threading.Lock()
 
 @contextmanager
 def held(settings: Sequence[Setting], general: Sequence[Setting] = ()) -> Iterator[None]:
-    """Within this context every setting will do, whatever other threads do in theirs.
+    """Within this context every setting has a value that will do, whatever other threads do.
 
     `general` are settings that the others may inherit from: set first, where one of the others will not do.
     """

@@ -34,9 +34,9 @@ _SIZES_KEPT = 4
 def cached() -> Iterator[None]:
     """Within this context each effective weight is computed once, even where gradients are needed.
 
-    For layers that are used several times in one forward pass, and for losses that read a weight. Changing a raw
-    parameter in place inside the context is noticed, except through `param.data`. Contexts may be nested; the inner
-    one shares the outer one's weights.
+    It is for layers that are used several times in one forward pass, and for losses that read a weight. Changing a raw
+    parameter in place inside the context is noticed, except through `param.data`. Contexts may be nested; the inner one
+    shares the outer one's weights.
 
     >>> from liplayers import AOLLinear
     >>> layer = AOLLinear(4, 4)
@@ -55,7 +55,7 @@ def cached() -> Iterator[None]:
 class _Kept:
     """Effective weights by key, and copies of the raw parameters that they were computed from.
 
-    Whoever runs a layer, in whatever thread, finds both or neither here. A copy or a pickle begins without any.
+    Each thread that runs a layer finds both here, or neither. A copy or a pickle begins without any.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class _Kept:
 
 
 class ComputedWeight(Tensor):
-    """A weight that a layer computed, to be read: what is written into it would change nothing, and raises.
+    """A weight that a layer computed. It is to be read: writing into it would change nothing, so it raises.
 
     >>> from liplayers import AOLLinear
     >>> torch.nn.init.zeros_(AOLLinear(2, 2).weight)
@@ -115,7 +115,8 @@ class ParametrizedModule(LipschitzModule):
         has_weight: whether the weight is one dense tensor as torch's layers have it.
         run_as_they_are: names of parameters that are not mapped.
         constant_estimate: whether `lipschitz_estimate` is the same whatever the raw parameters are.
-        range_exponent: of the least normal number: raw entries below count as zero, above its inverse as that.
+        range_exponent: raw entries below tiny**range_exponent, with tiny the least normal number, count as zero, and
+            those above its inverse count as the inverse.
     """
 
     has_weight = False
@@ -176,7 +177,7 @@ class ParametrizedModule(LipschitzModule):
             return [(weight.double(), run.to(self.executed_dtype()).double()) for weight, run in pairs]
 
     def effective(self, *size: Any) -> Any:
-        """The weight; `size` is there for families whose weight depends on that of the grid.
+        """The weight; `size` is for families whose weight depends on the size of the grid.
 
         Where gradients with respect to the raw parameters are needed, it is computed afresh at each call (once inside
         `cached()`); otherwise once, until a raw parameter changes in any way.
@@ -272,7 +273,10 @@ class ParametrizedModule(LipschitzModule):
         return torch.linalg.vector_norm(self.effective().double() - target).item()
 
     def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
-        """Raw parameters whose weight is a dense one in float64, or comes near it: by `fitted` without a formula."""
+        """Raw parameters whose weight equals a dense one in float64, or comes near it.
+
+        A family with a formula overrides this; the others search by `fitted`.
+        """
         return self.fitted(weight, [getattr(self, name) for name in self.raw_names])
 
     def fitted(self, weight: Tensor, start: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -321,7 +325,7 @@ def _in_range(raw: Tensor, exponent: float) -> Tensor:
 
 
 def _in_func_transform() -> bool:
-    """Whether torch.func transforms run: then a parameter stands for many, or for one to differentiate by."""
+    """Whether torch.func transforms run; a parameter may then stand for many values, or have a tangent."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

@@ -1,4 +1,4 @@
-"""Frozen models as programs of torch.export, ONNX and safetensors, each run or read against the model."""
+"""Frozen models as programs of torch.export, ONNX and safetensors, each compared with the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["export_onnx", "export_program", "export_safetensors"]
 def export_program(
     frozen: nn.Module, input_shape: Shape, path: str | Path | None = None
 ) -> torch.export.ExportedProgram:
-    """The frozen model as a program of torch.export, for batches of any size, run against it on random inputs.
+    """The frozen model as a program of torch.export, for batches of any size, compared with it on random inputs.
 
     `torch.export.load(path).module()` runs it where liplayers is not installed.
 
@@ -56,7 +56,7 @@ def export_program(
 
 
 def export_onnx(frozen: nn.Module, path: str | Path, input_shape: Shape) -> None:
-    """Write the frozen model as ONNX, in one file, and run that against it with ONNX Runtime.
+    """Write the frozen model as ONNX, in one file, and compare that with it in ONNX Runtime.
 
     Input and output are called "x" and "y"; the batch may be of any size. In float64 dense layers and
     layers per frequency run; for convolutions with an explicit kernel ONNX Runtime has float32 only.

@@ -1,7 +1,7 @@
 """From layers with parametrisations to plain weights, and from those to torch.export, ONNX and safetensors.
 
-`freeze` computes every weight once. What becomes what is stated for the base classes that families share, so that a
-new family freezes by itself; one with another computation implements the method `frozen`.
+`freeze` computes every weight once. The base classes that families share state what becomes of a layer, so a new family
+freezes by itself. A layer with another computation implements the method `frozen`.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def _freezes(module: nn.Module) -> bool:
     """Whether something else is put in its place; False for what is copied.
 
     Raises:
-        ArgumentError: a layer of ours with parameters that does not say what, or computes otherwise than what says so.
+        ArgumentError: a layer of ours with parameters that does not say what replaces it, or whose forward is not that
+            of the class that says so.
     """
     order = type(module).__mro__
     owner = next((cls for cls in order if "frozen" in vars(cls) and cls is not LipschitzModule), None)

@@ -7,6 +7,7 @@ from liplayers.layers.bro import *
 from liplayers.layers.cayley import *
 from liplayers.layers.cholesky import *
 from liplayers.layers.cpl import *
+from liplayers.layers.free import *
 from liplayers.layers.gershgorin import *
 from liplayers.layers.ldlt import *
 from liplayers.layers.lipnext import *

@@ -1,6 +1,6 @@
 """AOL, almost-orthogonal layers: a contraction by rescaling each input (Prach & Lampert 2022, arXiv 2208.03160).
 
-Differs from the paper in three points: the shorter side of the matrix is rescaled (the paper always takes the
+It differs from the paper in three points: the shorter side of the matrix is rescaled (the paper always takes the
 inputs), strided kernels are rescaled in their polyphase form, which is tighter, and columns of zeros give zeros.
 """
 
@@ -35,7 +35,11 @@ class AOLLinear(LipschitzLinear):
     gain at initialisation is 1 (P orthogonal). Cost: one Gram matrix.
 
     Args:
-        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
+        in_features: size of each input.
+        out_features: size of each output.
+        bias: whether b is there.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (*, in_features) → (*, out_features).
@@ -76,12 +80,23 @@ class AOLLinear(LipschitzLinear):
 class AOLConv2d(KernelConv2d):
     r"""Convolution, a contraction: each input channel (and stride phase) is divided by √(Σ_j Σ_lags |K*K|_ij).
 
-    Holds for zero padding of any width, minimal circular padding, every stride, dilation and group count. Where the
-    outputs are fewer than the inputs (times the stride's area) they are rescaled instead. Signal gain at
+    The bound holds for zero padding of any width, minimal circular padding, every stride, dilation and group count.
+    Where the outputs are fewer than the inputs (times the stride's area) they are rescaled instead. Signal gain at
     initialisation is 1 (one orthogonal tap). Cost: one autocorrelation of the kernel.
 
     Args:
-        in_channels … dtype: as in `torch.nn.Conv2d`; padding_mode "zeros" or "circular".
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: pixels from one position of the kernel to the next, an integer or a pair.
+        padding: pixels around the image on each side, an integer or a pair; "same" (with stride 1 only) or "valid"
+            (none).
+        dilation: pixels from one tap of the kernel to the next, an integer or a pair.
+        groups: number of groups of channels that are mapped apart; it divides in_channels and out_channels.
+        bias: whether b is there.
+        padding_mode: what the padding holds, "zeros" or "circular".
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
@@ -137,7 +152,29 @@ class AOLConvTranspose2d(LipschitzConvTranspose2d):
     """The adjoint of an `AOLConv2d`, a contraction with the signature of `torch.nn.ConvTranspose2d`.
 
     Stride, dilation, groups and output_padding as in torch; zero padding only. Signal gain at initialisation is 1 at
-    most. Cost and errors as `AOLConv2d`.
+    most. Cost as `AOLConv2d`.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: pixels of the output from one position of the kernel to the next, an integer or a pair.
+        padding: pixels that are cut from the output on each side, an integer or a pair.
+        output_padding: pixels more at the end of the output, an integer or a pair; fewer than the larger of stride and
+            dilation.
+        groups: number of groups of channels that are mapped apart; it divides in_channels and out_channels.
+        bias: whether b is there.
+        dilation: pixels from one tap of the kernel to the next, an integer or a pair.
+        padding_mode: "zeros", the only value of transposed convolutions.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
+
+    Raises:
+        ArgumentError: a padding mode other than "zeros", output_padding that is too large.
+        ShapeError: at call, another number of channels.
 
     Source: Prach & Lampert 2022, arXiv 2208.03160.
 

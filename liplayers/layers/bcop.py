@@ -4,7 +4,7 @@ BCOP composes an orthogonal matrix with pairs of complementary projectors, one s
 arXiv 1911.00937). AOC composes such a kernel with one of stride s and size s, whose matrix is orthogonal, which gives
 strides, dilation and groups natively (Boissin et al. 2025, arXiv 2501.08120).
 
-Differs from the public code: orthogonal matrices and projectors come from Cholesky factorisations in float64 instead
+It differs from the public code: orthogonal matrices and projectors come from Cholesky factorisations in float64 instead
 of a few Björck iterations, and the raw parameters start where the kernel is a single orthogonal tap.
 """
 
@@ -60,7 +60,19 @@ class AOCConv2d(KernelConv2d):
     plain convolution.
 
     Args:
-        in_channels … dtype: as in `torch.nn.Conv2d`; padding_mode "zeros" or "circular".
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: pixels from one position of the kernel to the next, an integer or a pair.
+        padding: pixels around the image on each side, an integer or a pair; "same" (with stride 1 only) or "valid"
+            (none).
+        dilation: pixels from one tap of the kernel to the next, an integer or a pair; coprime with the stride, except
+            along an axis where the kernel has one tap.
+        groups: number of groups of channels that are mapped apart; it divides in_channels and out_channels.
+        bias: whether b is there.
+        padding_mode: what the padding holds, "zeros" or "circular".
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
@@ -177,7 +189,18 @@ class BCOPConv2d(AOCConv2d):
     independent of batch and image; runs and exports as a plain convolution.
 
     Args:
-        in_channels … dtype: as in `torch.nn.Conv2d`; padding_mode "zeros" or "circular"; stride 1.
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: 1, the only value of this family.
+        padding: pixels around the image on each side, an integer or a pair; "same" (with stride 1 only) or "valid"
+            (none).
+        dilation: pixels from one tap of the kernel to the next, an integer or a pair.
+        groups: number of groups of channels that are mapped apart; it divides in_channels and out_channels.
+        bias: whether b is there.
+        padding_mode: what the padding holds, "zeros" or "circular".
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
@@ -220,7 +243,31 @@ class AOCConvTranspose2d(LipschitzConvTranspose2d):
     """The adjoint of an `AOCConv2d`, with the signature of `torch.nn.ConvTranspose2d`.
 
     A contraction, up to the border orthogonal. Stride, dilation, groups and output_padding as in torch; zero padding
-    only. Signal gain at initialisation is 1 at most. Cost and errors as `AOCConv2d`.
+    only. Signal gain at initialisation is 1 at most. Cost as `AOCConv2d`.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: pixels of the output from one position of the kernel to the next, an integer or a pair.
+        padding: pixels that are cut from the output on each side, an integer or a pair.
+        output_padding: pixels more at the end of the output, an integer or a pair; fewer than the larger of stride and
+            dilation.
+        groups: number of groups of channels that are mapped apart; it divides in_channels and out_channels.
+        bias: whether b is there.
+        dilation: pixels from one tap of the kernel to the next, an integer or a pair; coprime with the stride, except
+            along an axis where the kernel has one tap.
+        padding_mode: "zeros", the only value of transposed convolutions.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
+
+    Raises:
+        ArgumentError: a padding mode other than "zeros", output_padding that is too large, dilation that shares a
+            factor with the stride.
+        ShapeError: at call, another number of channels.
 
     Source: Boissin et al. 2025, arXiv 2501.08120.
 

@@ -1,6 +1,6 @@
 """Björck orthonormalisation: the polar factor by Newton–Schulz (Anil, Lucas & Grosse 2019, arXiv 1811.05381).
 
-Differs from the public code: P is divided by a proven bound of its norm, so that every number of iterations gives a
+It differs from the public code: P is divided by a proven bound of its norm, so that every number of iterations gives a
 contraction, and each step is scaled for the fastest worst case.
 """
 
@@ -31,8 +31,12 @@ class BjorckLinear(LipschitzLinear):
     products an iteration, 3 backwards; 5 or 6 iterations for well-conditioned P.
 
     Args:
-        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
-        iterations: of the scaled Newton–Schulz recurrence, at most; it stops when it has converged.
+        in_features: size of each input.
+        out_features: size of each output.
+        bias: whether b is there.
+        device: of the parameters.
+        dtype: of the parameters.
+        iterations: steps of the scaled Newton–Schulz recurrence, at most; it stops when it has converged.
 
     Shape:
         (*, in_features) → (*, out_features).
@@ -76,16 +80,27 @@ class BjorckLinear(LipschitzLinear):
 
 
 class BjorckConv2d(RKOConv2d):
-    r"""Convolution with a kernel matrix orthogonalised by Björck iteration, divided by a proven bound on its norm.
+    r"""Convolution with a kernel matrix orthogonalised by Björck iteration, divided by an estimate of its norm.
 
     `RKOConv2d` with `newton_schulz` in place of Cholesky: the kernel matrix is the nearest orthogonal one to the raw
-    matrix. Orthogonal where kernel_size = stride (patches), a contraction elsewhere. Every stride, dilation and group
-    count. Signal gain at initialisation is 1 (one orthogonal tap). Cost: 2 products of the kernel matrix an iteration,
-    Gram iteration at 8(k − 1) × 8(k − 1) frequencies.
+    matrix. Orthogonal where kernel_size = stride (patches); elsewhere its norm is about 1, and `lipschitz_bound()`
+    proves what it is. Every stride, dilation and group count. Signal gain at initialisation is 1 (one orthogonal tap).
+    Cost: 2 products of the kernel matrix an iteration, power iteration at 4(k − 1) × 4(k − 1) frequencies.
 
     Args:
-        in_channels … dtype: as in `torch.nn.Conv2d`; padding_mode "zeros" or "circular".
-        iterations: of the scaled Newton–Schulz recurrence, at most; it stops when it has converged.
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: pixels from one position of the kernel to the next, an integer or a pair.
+        padding: pixels around the image on each side, an integer or a pair; "same" (with stride 1 only) or "valid"
+            (none).
+        dilation: pixels from one tap of the kernel to the next, an integer or a pair.
+        groups: number of groups of channels that are mapped apart; it divides in_channels and out_channels.
+        bias: whether b is there.
+        padding_mode: what the padding holds, "zeros" or "circular".
+        device: of the parameters.
+        dtype: of the parameters.
+        iterations: steps of the scaled Newton–Schulz recurrence, at most; it stops when it has converged.
 
     Shape:
         (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
@@ -132,9 +147,31 @@ class BjorckConvTranspose2d(LipschitzConvTranspose2d):
     """The adjoint of a `BjorckConv2d`, a contraction with the signature of `torch.nn.ConvTranspose2d`.
 
     Stride, dilation, groups and output_padding as in torch; zero padding only. Signal gain at initialisation is 1 at
-    most. Cost and errors as `BjorckConv2d`.
+    most. Cost as `BjorckConv2d`.
 
-    Source: as `BjorckConv2d`.
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: pixels of the output from one position of the kernel to the next, an integer or a pair.
+        padding: pixels that are cut from the output on each side, an integer or a pair.
+        output_padding: pixels more at the end of the output, an integer or a pair; fewer than the larger of stride and
+            dilation.
+        groups: number of groups of channels that are mapped apart; it divides in_channels and out_channels.
+        bias: whether b is there.
+        dilation: pixels from one tap of the kernel to the next, an integer or a pair.
+        padding_mode: "zeros", the only value of transposed convolutions.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
+
+    Raises:
+        ArgumentError: a padding mode other than "zeros", output_padding that is too large.
+        ShapeError: at call, another number of channels.
+
+    Source: Serrurier et al. 2021, arXiv 2006.06520; Anil, Lucas & Grosse 2019, arXiv 1811.05381.
 
     >>> BjorckConvTranspose2d(8, 3, 4, stride=2, padding=1)(torch.randn(1, 8, 5, 5)).shape
     torch.Size([1, 3, 10, 10])

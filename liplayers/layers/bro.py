@@ -1,6 +1,6 @@
 """BRO, block reflector orthogonal layers (Lai et al. 2025, arXiv 2505.15174).
 
-Differs from the public code: the factorisation runs in float64 with columns normalised first, strides act by
+It differs from the public code: the factorisation runs in float64 with columns normalised first, strides act by
 pixel-unshuffling, rectangular layers start from a Gaussian rather than a quasi-residual factor, which would begin by
 dropping the last inputs, and the noise of the start is the same at every depth of a network.
 """
@@ -58,8 +58,12 @@ class BROLinear(LipschitzLinear):
     √(out/in) on average where out_features < in_features. Cost: one Cholesky factorisation of r × r and two products.
 
     Args:
-        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
-        rank_ratio: r/n in (0, 1]; at 1 the layer is constant, W = −I.
+        in_features: size of each input.
+        out_features: size of each output.
+        bias: whether b is there.
+        device: of the parameters.
+        dtype: of the parameters.
+        rank_ratio: the rank of the reflection as a share of n, r/n in (0, 1]; at 1 the layer is constant, W = −I.
 
     Shape:
         (*, in_features) → (*, out_features).
@@ -118,10 +122,19 @@ class BROConv2d(FourierConv2d):
     products for each frequency.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, bias, padding_mode, device, dtype: as in
-            `torch.nn.Conv2d`; padding_mode "zeros" or "circular"; a stride acts by pixel-unshuffling, with the kernel
-            ⌈k/s⌉ on the unshuffled image.
-        rank_ratio: r/n in (0, 1].
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: an integer or a pair; it acts by pixel-unshuffling, with the kernel ⌈k/s⌉ on the unshuffled image.
+        padding: pixels around the image on each side, an integer or a pair; "same" (with stride 1 only) or "valid"
+            (none).
+        dilation: 1, the only value of this family.
+        groups: 1, the only value of this family.
+        bias: whether b is there.
+        padding_mode: what the padding holds, "zeros" or "circular".
+        device: of the parameters.
+        dtype: of the parameters.
+        rank_ratio: the rank of the reflection as a share of n, r/n in (0, 1]; at 1 the layer is constant.
 
     Shape:
         (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.

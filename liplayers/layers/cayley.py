@@ -1,6 +1,6 @@
 """Orthogonal layers by the Cayley transform, dense and per frequency (Trockman & Kolter 2021, arXiv 2104.07167).
 
-Differs from the public code in that the half spectrum is enough, odd and non-square images work, zero padding is
+It differs from the public code in that the half spectrum is enough, odd and non-square images work, zero padding is
 offered, and what rounding leaves beyond norm 1 (much, once the gain is large) is divided away.
 """
 
@@ -46,7 +46,11 @@ class CayleyLinear(LipschitzLinear):
     out_features < in_features. Cost: one inverse of the shorter side.
 
     Args:
-        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
+        in_features: size of each input.
+        out_features: size of each output.
+        bias: whether b is there.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (*, in_features) → (*, out_features).
@@ -98,9 +102,18 @@ class CayleyConv2d(FourierConv2d):
     Cost: an inverse of the smaller channel count for each frequency.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, bias, padding_mode, device, dtype: as in
-            `torch.nn.Conv2d`; padding_mode "zeros" or "circular"; a stride acts by pixel-unshuffling, with the kernel
-            ⌈k/s⌉ on the unshuffled image.
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: an integer or a pair; it acts by pixel-unshuffling, with the kernel ⌈k/s⌉ on the unshuffled image.
+        padding: pixels around the image on each side, an integer or a pair; "same" (with stride 1 only) or "valid"
+            (none).
+        dilation: 1, the only value of this family.
+        groups: 1, the only value of this family.
+        bias: whether b is there.
+        padding_mode: what the padding holds, "zeros" or "circular".
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.

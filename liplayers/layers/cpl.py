@@ -1,7 +1,7 @@
 """CPL, convex potential layers: residual gradient steps (Meunier et al. 2022, arXiv 2110.12690).
 
-Differs from the public code in that ‖W‖ is a proven upper bound (Gram iteration; for convolutions on the symbol)
-instead of a power iteration, which estimates from below.
+It differs from the public code. ‖W‖ of a dense block is a proven upper bound (Gram iteration). That of a convolution is
+a tight estimate on the symbol, and the bound of the block is proven for the kernels that run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class CPLBlock(DenseBlock):
         hidden_features: rows of W; default `features`.
         bias: whether b is there.
         activation: entrywise with slopes in [0, 1]; default ReLU.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (*, features) → (*, features).
@@ -90,19 +91,21 @@ class CPLBlock(DenseBlock):
 
 
 class CPLConv2dBlock(Conv2dBlock):
-    r"""Convolutional residual block, 1-Lipschitz: y = x − (2/‖K‖²)K⊤ ∗ σ(K ∗ x + b), ‖K‖ by a proven upper bound.
+    r"""Convolutional residual block: y = x − (2/‖K‖²)K⊤ ∗ σ(K ∗ x + b), ‖K‖ by a tight estimate.
 
-    The bound holds for zero and circular padding and every image size. Signal gain at initialisation is 1, down to 0.8
-    for sixteen times as many hidden units as inputs. Cost: Gram iteration on the symbol at 8(k − 1) × 8(k − 1)
-    frequencies.
+    It would be 1-Lipschitz for ‖K‖ itself. `lipschitz_bound()` is proven for the kernels that run, about 1, for zero
+    and circular padding and every image size. Signal gain at initialisation is 1, down to 0.8 for sixteen times as many
+    hidden units as inputs. Cost: power iteration on the symbol at 4(k − 1) × 4(k − 1) frequencies.
 
     Args:
-        channels: of input and output.
-        hidden_channels: default `channels`.
-        kernel_size: odd, so that the image keeps its size with padding (k − 1)/2.
-        bias, padding_mode: as in `torch.nn.Conv2d`; "zeros" or "circular".
+        channels: channels of input and output.
+        hidden_channels: channels of the hidden layer; default `channels`.
+        kernel_size: size of the kernel in pixels; odd, so that the image keeps its size with padding (k − 1)/2.
+        bias: whether b is there.
+        padding_mode: what surrounds the image, "zeros" or "circular".
         activation: entrywise with slopes in [0, 1]; default ReLU.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (N, channels, H, W) → the same.
@@ -138,6 +141,8 @@ class CPLConv2dBlock(Conv2dBlock):
     def reset_parameters(self) -> None:
         """As many orthonormal hidden units as there are inputs, small further ones; no bias."""
         _reset(self)
+
+    weights_since = "0.2.0"  # before the step was for a bound of ‖K‖
 
     def lipschitz_bound(self) -> float:
         """Proven for the kernels that run: about 1, whatever the estimate of ‖K‖ was."""

@@ -33,13 +33,14 @@ class GershgorinBlock(DenseLMIBlock):
     float64.
 
     Args:
-        features: size of the input.
+        features: size of each input.
         hidden_features: d_1 … d_n, one integer or several; default `out_features`.
-        out_features: default `features`.
+        out_features: size of each output; default `features`.
         bias: whether b_l and b are there.
         activation: entrywise with slopes in [0, 1]; default ReLU.
-        lipschitz: 𝓛.
-        device, dtype: of the parameters.
+        lipschitz: 𝓛, above 0.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (*, features) → (*, out_features).

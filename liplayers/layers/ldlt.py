@@ -1,9 +1,10 @@
 """LDLT networks: weights from a block LDLᵀ factorisation of the Lipschitz LMI (Juston et al. 2025, arXiv 2512.05915).
 
-Differs from the public code, whose residual form reaches 1.36 to 1.58 times its promise and whose sequential form holds
-for 𝓛 = 1 only. Skip and last weight are chosen together, after the inner weights: so all that strictly satisfies the
-LMI is reached (within limits that float64 sets), SLL blocks and sandwich layers among them. Any 𝓛, any range of slopes
-(widened to hold 0), learned multipliers; factorisations are in float64, and the bound is proven for what runs.
+It differs from the public code, whose residual form reaches 1.36 to 1.58 times its promise and whose sequential form
+holds for 𝓛 = 1 only. Skip and last weight are chosen together, after the inner weights, so everything that strictly
+satisfies the LMI is reached (within limits that float64 sets), SLL blocks and sandwich layers among them. It takes any
+𝓛 and any range of slopes (widened to hold 0), and learns the multipliers. Factorisations are in float64, and the bound
+is proven for what runs.
 """
 
 from __future__ import annotations
@@ -75,14 +76,15 @@ class LDLTSequential(DenseLMIBlock):
     float64 (two and three where the slopes are not in [0, β]).
 
     Args:
-        features: size of the input.
+        features: size of each input.
         hidden_features: d_1 … d_n, one integer or several; default `out_features`.
-        out_features: default `features`.
+        out_features: size of each output; default `features`.
         bias: whether b_l and b are there.
         activation: entrywise with known slopes, or MaxMin, GroupSort, Householder (whose groups share a multiplier);
             default ReLU. The weights are made for the slopes that it has now: the bound is refused if they grow.
-        lipschitz: 𝓛.
-        device, dtype: of the parameters.
+        lipschitz: 𝓛, above 0.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (*, features) → (*, out_features).
@@ -141,14 +143,15 @@ class LDLTBlock(DenseLMIBlock):
     layer and for [A B].
 
     Args:
-        features: size of the input.
+        features: size of each input.
         hidden_features: d_1 … d_n, one integer or several; default `out_features`.
-        out_features: default `features`.
+        out_features: size of each output; default `features`.
         bias: whether b_l and b are there.
         activation: entrywise with known slopes, or MaxMin, GroupSort, Householder (whose groups share a multiplier);
             default ReLU. The weights are made for the slopes that it has now: the bound is refused if they grow.
-        lipschitz: 𝓛.
-        device, dtype: of the parameters.
+        lipschitz: 𝓛, above 0.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (*, features) → (*, out_features).
@@ -198,20 +201,25 @@ class LDLTConv2dBlock(Conv2dLMIBlock):
     transforms.
 
     Args:
-        channels: of the input.
-        hidden_channels: of w_1 … w_n, one integer or several; default `out_channels`.
-        out_channels: default `channels`.
-        kernel_size: odd, of the raw kernels.
-        stride: acts by pixel-unshuffling: the output has ⌈H/s⌉ × ⌈W/s⌉ pixels.
+        channels: channels of the image.
+        hidden_channels: channels of w_1 … w_n, one integer or several; default `out_channels`.
+        out_channels: channels of the output; default `channels`.
+        kernel_size: size of the raw kernels in pixels, odd.
+        stride: an integer; it acts by pixel-unshuffling: the output has ⌈H/s⌉ × ⌈W/s⌉ pixels.
         bias: whether b_l and b are there.
-        padding_mode: "zeros" or "circular".
-        activation, lipschitz, device, dtype: as in `LDLTBlock`.
+        padding_mode: what surrounds the image, "zeros" or "circular".
+        activation: entrywise with known slopes, or MaxMin, GroupSort, Householder (whose groups share a multiplier);
+            default ReLU. The weights are made for the slopes that it has now: the bound is refused if they grow.
+        lipschitz: 𝓛, above 0.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (N, channels, H, W) → (N, out_channels, ⌈H/s⌉, ⌈W/s⌉).
 
     Raises:
-        ArgumentError: as `LDLTBlock`; an even kernel, another padding mode.
+        ArgumentError: sizes below 1, 𝓛 that is not positive, an activation without known slopes, an even kernel,
+            another padding mode.
         ShapeError: at call, another number of channels; circular padding with a stride that does not divide the image.
 
     Source: Juston et al. 2025, arXiv 2512.05915, for dense blocks; per frequency, as in Wang & Manchester 2023,

@@ -37,13 +37,14 @@ class LipNeXtBlock(ManifoldModule):
     initialisation is 1. Cost: two 1 × 1 convolutions and a copy; M Rᵀ is multiplied once.
 
     Args:
-        channels: of input and output.
-        image_size: height and width of the images (an integer or a pair), for which a position embedding p is
-            learned; None for none.
+        channels: channels of input and output.
+        image_size: height and width of the images (an integer or a pair), for which a position embedding p is learned;
+            None for none.
         shift_ratio: share of the channels that moves in each direction, up to 1/4.
         beta: share of the channels that σ folds.
         bias: whether b is there.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (N, channels, H, W) → the same.

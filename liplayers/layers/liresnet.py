@@ -1,6 +1,7 @@
 """LiResNet's linear residual block: (I + conv)x as one convolution (Hu et al. 2023, arXiv 2301.12549).
 
-Differs from the public code in that the whole, identity included, is divided by a proven bound of its norm.
+It differs from the public code in that the whole, identity included, is divided by its norm: a dense block by a proven
+bound, a convolution by a tight estimate, whose quotient has a proven norm.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class LiResNetBlock(RescaledLinear):
 
     Args:
         features: size of input and output.
-        bias, device, dtype: as in `torch.nn.Linear`.
+        bias: whether b is there.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (*, features) → the same.
@@ -64,16 +67,20 @@ class LiResNetBlock(RescaledLinear):
 
 
 class LiResNetConv2dBlock(RescaledConv2d):
-    r"""Convolutional residual block without activation, a contraction: y = (δ + K) ∗ x/‖δ + K‖⁺ + b.
+    r"""Convolutional residual block without activation: y = (δ + K) ∗ x/‖δ + K‖ + b, ‖δ + K‖ by a tight estimate.
 
-    δ is the identity tap; an activation follows. The bound is `RescaledConv2d`'s, for every image size, zero and
-    circular padding. Signal gain at initialisation is about 1/(1 + 2·0.1). Cost: Gram iteration at 8(k − 1) × 8(k − 1)
-    frequencies; it runs one plain convolution.
+    δ is the identity tap; an activation follows. It would be a contraction for ‖δ + K‖ itself;
+    estimate and proven bound are `RescaledConv2d`'s, for every image size, zero and circular padding. Signal gain at
+    initialisation is about 1/(1 + 2·0.1). Cost: power iteration at 4(k − 1) × 4(k − 1) frequencies; it runs one plain
+    convolution.
 
     Args:
-        channels: of input and output.
-        kernel_size: odd, so that the image keeps its size with padding (k − 1)/2.
-        bias, padding_mode, device, dtype: as in `torch.nn.Conv2d`; "zeros" or "circular".
+        channels: channels of input and output.
+        kernel_size: size of the kernel in pixels; odd, so that the image keeps its size with padding (k − 1)/2.
+        bias: whether b is there.
+        padding_mode: what surrounds the image, "zeros" or "circular".
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (N, channels, H, W) → the same.

@@ -1,6 +1,6 @@
 """LOT, layer-wise orthogonal training: the polar factor at each frequency (Xu et al. 2022, arXiv 2210.11620).
 
-Differs from the public code: half the spectrum, float32, a scaled iteration on the matrix itself rather than one on
+It differs from the public code: half the spectrum, float32, a scaled iteration on the matrix itself rather than one on
 the inverse square root of its Gram matrix (which squares the condition number), and a contraction however few steps
 are made.
 """
@@ -29,10 +29,19 @@ class LOTConv2d(FourierConv2d):
     5 or 6 iterations for well-conditioned P; the dense layer of this map is `BjorckLinear`.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, bias, padding_mode, device, dtype: as in
-            `torch.nn.Conv2d`; padding_mode "zeros" or "circular"; a stride acts by pixel-unshuffling, with the kernel
-            ⌈k/s⌉ on the unshuffled image.
-        iterations: of the scaled Newton–Schulz recurrence, at most; it stops when it has converged.
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: an integer or a pair; it acts by pixel-unshuffling, with the kernel ⌈k/s⌉ on the unshuffled image.
+        padding: pixels around the image on each side, an integer or a pair; "same" (with stride 1 only) or "valid"
+            (none).
+        dilation: 1, the only value of this family.
+        groups: 1, the only value of this family.
+        bias: whether b is there.
+        padding_mode: what the padding holds, "zeros" or "circular".
+        device: of the parameters.
+        dtype: of the parameters.
+        iterations: steps of the scaled Newton–Schulz recurrence, at most; it stops when it has converged.
 
     Shape:
         (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.

@@ -97,7 +97,11 @@ class ManifoldLinear(ManifoldModule, LipschitzLinear):
     are expensive to train.
 
     Args:
-        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
+        in_features: size of each input.
+        out_features: size of each output.
+        bias: whether b is there.
+        device: of the parameters.
+        dtype: of the parameters.
         init: "orthogonal", a random frame, or "identity", which keeps the first features, drops those beyond
             out_features and appends zeros: stacks then begin as shallow networks, and fitted MNIST faster.
 

@@ -21,7 +21,11 @@ class NormalizedLinear(LipschitzLinear):
     ‖w_y − w_j‖ for each pair. Rows of zeros stay zero.
 
     Args:
-        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
+        in_features: size of each input.
+        out_features: size of each output.
+        bias: whether b is there.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Source: Singla, Singla & Feizi 2022, arXiv 2108.04062 ("last layer normalization").
 

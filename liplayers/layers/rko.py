@@ -1,7 +1,7 @@
 """RKO, reshaped kernel orthogonalisation (Serrurier et al. 2021, arXiv 2006.06520).
 
-Differs from the public code: the kernel matrix is orthogonalised exactly, by Cholesky factorisation in float64, and
-divided by the least of three proven bounds rather than by the overlap factor alone, which is up to k too large.
+It differs from the public code: the kernel matrix is orthogonalised exactly, by Cholesky factorisation in float64, and
+divided by a tight estimate of its norm rather than by the overlap factor, which is up to k too large.
 """
 
 from __future__ import annotations
@@ -24,16 +24,27 @@ __all__ = ["RKOConv2d", "RKOConvTranspose2d"]
 
 
 class RKOConv2d(KernelConv2d):
-    r"""Convolution with an orthogonal kernel matrix, divided by a proven bound on its norm.
+    r"""Convolution with an orthogonal kernel matrix, divided by an estimate of its norm.
 
-    The kernel as an out × (in·kh·kw) matrix is orthogonalised, then divided by the least of the overlap factor
-    √(⌈k_h/s_h⌉⌈k_w/s_w⌉) (with dilation d, ⌈k·gcd(s, d)/s⌉ an axis), the bound from the symbol of the polyphase kernel
-    and the row sums of its autocorrelation. Orthogonal where kernel_size = stride (patches), a contraction elsewhere.
-    Every stride, dilation and group count. Signal gain at initialisation is 1 (one orthogonal tap). Cost: a Cholesky
-    factorisation of the kernel matrix, Gram iteration at 8(k − 1) × 8(k − 1) frequencies.
+    The kernel as an out × (in·kh·kw) matrix is orthogonalised, then divided by `symbol_norm_estimate` of its polyphase
+    form. Where kernel_size = stride (patches) it is orthogonal and 1-Lipschitz; elsewhere its norm is about 1, and
+    `lipschitz_bound()` proves what it is. Every stride, dilation and group count. Signal gain at initialisation is 1
+    (one orthogonal tap). Cost: a Cholesky factorisation of the kernel matrix, power iteration at
+    4(k − 1) × 4(k − 1) frequencies.
 
     Args:
-        in_channels … dtype: as in `torch.nn.Conv2d`; padding_mode "zeros" or "circular".
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: pixels from one position of the kernel to the next, an integer or a pair.
+        padding: pixels around the image on each side, an integer or a pair; "same" (with stride 1 only) or "valid"
+            (none).
+        dilation: pixels from one tap of the kernel to the next, an integer or a pair.
+        groups: number of groups of channels that are mapped apart; it divides in_channels and out_channels.
+        bias: whether b is there.
+        padding_mode: what the padding holds, "zeros" or "circular".
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
@@ -79,6 +90,11 @@ class RKOConv2d(KernelConv2d):
         sizes = zip(self.kernel_size, self.stride, self.dilation, strict=True)
         return math.prod([overlap(*size) for size in sizes]) == 1
 
+    @property
+    def weights_since(self) -> str:  # type: ignore[override]
+        """Before 0.2.0 it was divided by a bound; patches are divided by nothing."""
+        return "0.1.0" if self._disjoint else "0.2.0"
+
     def lipschitz_bound(self) -> float:
         """1 for patches; else the proven norm of the kernel that runs."""
         return super().lipschitz_bound() if self._disjoint else self.proven_norm()
@@ -105,7 +121,29 @@ class RKOConvTranspose2d(LipschitzConvTranspose2d):
     """The adjoint of an `RKOConv2d`, a contraction with the signature of `torch.nn.ConvTranspose2d`.
 
     Stride, dilation, groups and output_padding as in torch; zero padding only. Signal gain at initialisation is 1 at
-    most. Cost and errors as `RKOConv2d`.
+    most. Cost as `RKOConv2d`.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: pixels of the output from one position of the kernel to the next, an integer or a pair.
+        padding: pixels that are cut from the output on each side, an integer or a pair.
+        output_padding: pixels more at the end of the output, an integer or a pair; fewer than the larger of stride and
+            dilation.
+        groups: number of groups of channels that are mapped apart; it divides in_channels and out_channels.
+        bias: whether b is there.
+        dilation: pixels from one tap of the kernel to the next, an integer or a pair.
+        padding_mode: "zeros", the only value of transposed convolutions.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
+
+    Raises:
+        ArgumentError: a padding mode other than "zeros", output_padding that is too large.
+        ShapeError: at call, another number of channels.
 
     Source: Serrurier et al. 2021, arXiv 2006.06520.
 

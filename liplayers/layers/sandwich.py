@@ -1,6 +1,6 @@
 """Sandwich layers and LBDN, Lipschitz-bounded deep networks (Wang & Manchester 2023, arXiv 2301.11526).
 
-Differs from the public code: Ψ is limited, so that Ψ and Ψ⁻¹ are both numbers of the layer's dtype, A and B start
+It differs from the public code: Ψ is limited, so that Ψ and Ψ⁻¹ are both numbers of the layer's dtype, A and B start
 at equal size, and the bound is proven again for the weights that run.
 """
 
@@ -61,13 +61,14 @@ class SandwichBlock(DenseLMIBlock):
     outputs' size, in float64.
 
     Args:
-        features: size of the input.
-        out_features: default `features`.
-        bias: whether b, and the bias of the output, are there.
+        features: size of each input.
+        out_features: size of each output; default `features`.
+        bias: whether b is there.
         activation: entrywise with slopes in [0, 1]; default ReLU.
-        lipschitz: 𝓛.
+        lipschitz: 𝓛, above 0.
         output_bias: False leaves out the bias of the output alone, as in the paper.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (*, features) → (*, out_features).
@@ -128,19 +129,24 @@ class SandwichConv2dBlock(Conv2dLMIBlock):
     activation, 0.7 for ReLU. Cost: one inverse for each frequency, and three transforms.
 
     Args:
-        channels: of the input.
-        out_channels: default `channels`.
-        kernel_size: odd, of the raw kernel.
-        stride: acts by pixel-unshuffling: the output has ⌈H/s⌉ × ⌈W/s⌉ pixels.
-        bias: whether b, and the bias of the output, are there.
-        padding_mode: "zeros" or "circular".
-        activation, lipschitz, output_bias, device, dtype: as in `SandwichBlock`.
+        channels: channels of the image.
+        out_channels: channels of the output; default `channels`.
+        kernel_size: size of the raw kernel in pixels, odd.
+        stride: an integer; it acts by pixel-unshuffling: the output has ⌈H/s⌉ × ⌈W/s⌉ pixels.
+        bias: whether b is there.
+        padding_mode: what surrounds the image, "zeros" or "circular".
+        activation: entrywise with slopes in [0, 1]; default ReLU.
+        lipschitz: 𝓛, above 0.
+        output_bias: False leaves out the bias of the output alone, as in the paper.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (N, channels, H, W) → (N, out_channels, ⌈H/s⌉, ⌈W/s⌉).
 
     Raises:
-        ArgumentError: as `SandwichBlock`; an even kernel, another padding mode.
+        ArgumentError: an activation without proven slopes in [0, 1] (MaxMin, abs, GELU, SiLU), sizes below 1, 𝓛 that is
+            not positive, an even kernel, another padding mode.
         ShapeError: at call, another number of channels; circular padding with a stride that does not divide the image.
 
     Source: Wang & Manchester 2023, arXiv 2301.11526.
@@ -200,14 +206,15 @@ class LBDN(DenseLMIBlock):
     inverse and one product for each layer, in float64.
 
     Args:
-        features: size of the input.
+        features: size of each input.
         hidden_features: d_1 … d_n, one integer or several; default `out_features`.
-        out_features: default `features`.
+        out_features: size of each output; default `features`.
         bias: whether b_l and b are there.
         activation: entrywise with slopes in [0, 1]; default ReLU.
-        lipschitz: γ.
-        learnable: whether γ is a parameter, as its logarithm; then the bound is what it is at the time.
-        device, dtype: of the parameters.
+        lipschitz: γ, above 0.
+        learnable: whether γ is a parameter, as its logarithm; the bound is then γ's value at the time.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (*, features) → (*, out_features).

@@ -1,6 +1,6 @@
 """SLL, SDP-based Lipschitz layers: residual blocks with a diagonal multiplier (Araujo et al. 2023, arXiv 2303.03169).
 
-Differs from the public code: the ratio q_j/q_i is formed from its logarithm, with no ε on one side, hidden units are
+It differs from the public code: the ratio q_j/q_i is formed from its logarithm, with no ε on one side, hidden units are
 normalised first, and those of weight zero drop out instead of dividing by zero.
 """
 
@@ -46,7 +46,8 @@ class SLLBlock(DenseBlock):
         hidden_features: columns of W; default `features`.
         bias: whether b is there.
         activation: entrywise with slopes in [0, 1]; default ReLU.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (*, features) → (*, features).
@@ -97,12 +98,14 @@ class SLLConv2dBlock(Conv2dBlock):
     initialisation is 1, 0.7 to 0.9 for more hidden units than inputs. Cost: one autocorrelation of the kernel.
 
     Args:
-        channels: of input and output.
-        hidden_channels: default `channels`.
-        kernel_size: odd, so that the image keeps its size with padding (k − 1)/2.
-        bias, padding_mode: as in `torch.nn.Conv2d`; "zeros" or "circular".
+        channels: channels of input and output.
+        hidden_channels: channels of the hidden layer; default `channels`.
+        kernel_size: size of the kernel in pixels; odd, so that the image keeps its size with padding (k − 1)/2.
+        bias: whether b is there.
+        padding_mode: what surrounds the image, "zeros" or "circular".
         activation: entrywise with slopes in [0, 1]; default ReLU.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (N, channels, H, W) → the same.

@@ -1,6 +1,6 @@
 """Matrix exponentials of skew maps, dense and SOC convolutions (Singla & Feizi 2021, arXiv 2105.11417).
 
-Differs from the public code: the series is not the truncated Taylor series, which exceeds norm 1, but a polynomial
+It differs from the public code: the series is not the truncated Taylor series, which exceeds norm 1, but a polynomial
 that is proven to stay below it and is closer with fewer terms; the norm of the skew kernel is a proven bound; with
 circular padding the exponential is taken at each frequency.
 """
@@ -40,7 +40,11 @@ class ExponentialLinear(LipschitzLinear):
     twice that backwards.
 
     Args:
-        in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
+        in_features: size of each input.
+        out_features: size of each output.
+        bias: whether b is there.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape:
         (*, in_features) → (*, out_features).
@@ -99,9 +103,19 @@ class SOCConv2d(FourierConv2d):
     padding 1 + ⌈terms/3⌉ products for each frequency.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, bias, padding_mode, device, dtype: as in
-            `torch.nn.Conv2d`; padding_mode "zeros" or "circular"; a stride acts by pixel-unshuffling, with the kernel
-            ⌈k/s⌉ on the unshuffled image. An even kernel has the symmetric support of the next odd one.
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair; an even kernel has the symmetric support of the
+            next odd one.
+        stride: an integer or a pair; it acts by pixel-unshuffling, with the kernel ⌈k/s⌉ on the unshuffled image.
+        padding: pixels around the image on each side, an integer or a pair; "same" (with stride 1 only) or "valid"
+            (none).
+        dilation: 1, the only value of this family.
+        groups: 1, the only value of this family.
+        bias: whether b is there.
+        padding_mode: what the padding holds, "zeros" or "circular".
+        device: of the parameters.
+        dtype: of the parameters.
         terms: degree of the polynomial, at most 12.
 
     Shape:

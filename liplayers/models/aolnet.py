@@ -40,15 +40,19 @@ def aolnet(
 
     Args:
         input_shape: (channels, height, width) of one image.
-        conv, linear: a family's name, or a class with nn.Conv2d's or nn.Linear's signature.
-        patch_size: of the patches, which must divide the image.
-        channels: of the convolutions.
+        num_classes: number of logits.
+        conv: the convolutions: a family's name, or a class with nn.Conv2d's signature.
+        linear: the dense layers: a family's name, or a class with nn.Linear's signature.
+        patch_size: side of the patches in pixels; it must divide the image.
+        channels: channels of the convolutions.
         depth: number of 3 × 3 convolutions.
         patch_features: channels of each patch that the dense layers see.
         dense: number of dense layers; no activation follows the last.
-        head: "truncated" (the first outputs of the last layer are the logits, as in the paper), "normalized",
-            "linear", or a family's name.
-        mean: subtracted from the pixels first, one number or one for each channel.
+        activation: the activation after each layer: "maxmin", "groupsort", "fullsort", "abs", "beta_abs", "relu",
+            "tanh" or "identity", or a class or function that makes one.
+        head: the last layer: "truncated" (the first outputs of the last layer are the logits, as in the paper),
+            "normalized", "linear", or a family's name.
+        mean: subtracted from each pixel first, one number or one for each channel.
         padding_mode: of the convolutions, "zeros" or "circular".
         start: of the layers that keep their size: "family", what each begins as, or "identity", as in the paper, for
             families with a dense weight.

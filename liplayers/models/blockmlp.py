@@ -39,12 +39,20 @@ def blockmlp(
 
     Args:
         input_shape: (channels, height, width) of one image, (features,) of one row of a table, or any other.
-        block: a family's name or a class that is called with the number of features.
-        layers: hidden layers of each block, of size `width`, for blocks that can have several (LDLT, LBDN, Gershgorin).
-        activation: inside the blocks, which refuse what their proof does not cover; after linear ones (LiResNet).
-        head: "normalized", "linear", or a family's name.
-        mean: subtracted first, one number or one for each channel or feature; None for nothing, as for standardised
-            features.
+        num_classes: number of logits.
+        block: the blocks: a family's name, or a class that is called with the number of features.
+        width: size of each block's output.
+        depth: number of blocks.
+        layers: hidden layers of each block, each of size `width`, for blocks that can have several (LDLT, LBDN,
+            Gershgorin).
+        activation: the activation inside the blocks, which refuse what their proof does not cover: "maxmin",
+            "groupsort", "fullsort", "abs", "beta_abs", "relu", "tanh" or "identity", or a class or function that makes
+            one. After linear blocks (LiResNet) it follows them.
+        linear: the layer to `width` before blocks that keep their size: a family's name, or a class with nn.Linear's
+            signature.
+        head: the last layer: "normalized", "linear", "truncated", or a family's name.
+        mean: subtracted from each pixel or feature first, one number or one for each channel or feature; None for
+            nothing, as for standardised features.
 
     Raises:
         UnknownNameError: a block, layer, activation or head of unknown name.

@@ -1,6 +1,6 @@
 """BRONet: orthogonal convolutions between a strided stem and dense layers (Lai et al. 2025, arXiv 2505.15174).
 
-Differs from the public code in the stem's norm, which is a proven bound.
+It differs from the public code in the stem, which is divided by its norm.
 """
 
 from __future__ import annotations
@@ -56,22 +56,31 @@ def bronet(
 
     Args:
         input_shape: (channels, height, width) of one image.
-        conv: of the backbone, a family's name or a class with nn.Conv2d's signature.
-        rank_ratio: of BRO's convolutions; None for BRO's default and for every other family.
-        dense_rank_ratio: likewise, of BRO's square dense layers; with it, dense layers and patches whose output is
+        num_classes: number of logits.
+        conv: the convolutions of the backbone: a family's name, or a class with nn.Conv2d's signature.
+        rank_ratio: of BRO's convolutions, in (0, 1]; None for BRO's default and for every other family.
+        dense_rank_ratio: likewise, of BRO's square dense layers, in (0, 1]; with it, dense layers and patches whose
+            output is
             smaller than their input have the rank of the output, as on Tiny-ImageNet.
-        stem: of the first convolution, 5 × 5 with stride 2.
-        patch: of the convolution of stride 4 after the backbone; "l2" for ℓ2 pooling in its place.
-        linear: of the dense layers.
-        channels: of the backbone.
-        blocks: LiResNet's, with an activation after each, before the convolutions, as in the hybrid for ImageNet.
-        depth: convolutions in the backbone.
-        width, dense: size of the dense layers, and how many follow the first.
-        stem_patch: None, or the size of the patches of a stem with kernel = stride, as for ImageNet.
-        centering: whether the means are subtracted "before" each convolution or "after" it, as in the public code:
-            they are those of its output, which before it holds up to the border.
-        head: "normalized", "linear", "truncated", or a family's name.
-        mean: subtracted from the pixels first, one number or one for each channel.
+        stem: the first convolution, 5 × 5 with stride 2: a family's name, or a class with nn.Conv2d's signature.
+        patch: the convolution of stride 4 after the backbone: a family's name, or a class with nn.Conv2d's signature;
+            "l2" for ℓ2 pooling in its place.
+        linear: the dense layers: a family's name, or a class with nn.Linear's signature.
+        channels: channels of the backbone.
+        blocks: number of LiResNet blocks before the convolutions, as in the hybrid for ImageNet; an activation follows
+            each.
+        depth: number of convolutions in the backbone.
+        width: size of each dense layer.
+        dense: number of dense layers after the first.
+        stem_patch: size in pixels of the patches of a stem with kernel = stride, as for ImageNet; None for a stem of 5
+            × 5 with stride 2.
+        centering: whether the means are subtracted "before" each layer or "after" it, as in the public code; before it,
+            they are
+            those of its output up to the border.
+        activation: the activation after each layer: "maxmin", "groupsort", "fullsort", "abs", "beta_abs", "relu",
+            "tanh" or "identity", or a class or function that makes one.
+        head: the last layer: "normalized", "linear", "truncated", or a family's name.
+        mean: subtracted from each pixel first, one number or one for each channel.
 
     Raises:
         UnknownNameError: a layer, activation, centering or head of unknown name.

@@ -41,13 +41,18 @@ def convnet(
 
     Args:
         input_shape: (channels, height, width) of one image.
-        conv: a family's name or a class with nn.Conv2d's signature.
-        channels: w, even, of the first block.
-        blocks: each halves the image; None for as many as it can be halved, 5 for CIFAR and 6 for Tiny-ImageNet.
-        convs_per_block, kernel_size: of each block; an odd kernel.
-        head: "truncated" (the first outputs of the last convolution are the logits, as in the paper), "normalized",
-            "linear", or a family's name.
-        mean: subtracted from the pixels first, one number or one for each channel.
+        num_classes: number of logits.
+        conv: the convolutions: a family's name, or a class with nn.Conv2d's signature.
+        channels: w, the channels of the first block; even.
+        blocks: number of blocks, each of which halves the image; None for as many as it can be halved, 5 for CIFAR and
+            6 for Tiny-ImageNet.
+        convs_per_block: number of convolutions in each block.
+        kernel_size: size of their kernels in pixels, odd.
+        activation: the activation after each layer: "maxmin", "groupsort", "fullsort", "abs", "beta_abs", "relu",
+            "tanh" or "identity", or a class or function that makes one.
+        head: the last layer: "truncated" (the first outputs of the last convolution are the logits, as in the paper),
+            "normalized", "linear", or a family's name.
+        mean: subtracted from each pixel first, one number or one for each channel.
         padding_mode: of the convolutions, "zeros" or "circular".
         start: of the layers that keep their size: "family", what each begins as, or "identity", as in the paper, for
             families with a dense weight.

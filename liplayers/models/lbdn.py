@@ -43,17 +43,23 @@ def lbdn(
 
     Args:
         input_shape: (channels, height, width) of one image.
-        conv_block, dense_block: a family's name, or a class with the arguments out_channels and stride, or
-            out_features (Sandwich, LDLT; dense also LBDN, Gershgorin).
-        channels: of the first stage.
-        stages: each halves the image, rounding up.
-        width: at least 2.
-        activation: inside the blocks, which refuse what their proof does not cover.
-        head: "normalized", "linear", "truncated", or a family's name.
-        mean: subtracted from the pixels first, one number or one for each channel.
-        padding_mode: of the convolutional blocks, "zeros" or "circular".
-        strided_kernel: odd, of the blocks of stride 2; it acts as one of half the size, rounded up, on the
-            pixel-unshuffled image: 3 as 2 × 2, 1 as 1 × 1.
+        num_classes: number of logits.
+        conv_block: the convolutional blocks: a family's name, or a class with the arguments out_channels and stride
+            (Sandwich, LDLT).
+        dense_block: the dense blocks: a family's name, or a class with the argument out_features (Sandwich, LDLT, LBDN,
+            Gershgorin).
+        channels: channels of the first stage.
+        stages: number of stages, each of which halves the image, rounding up.
+        width: size of the first two dense blocks, at least 2.
+        activation: the activation inside the blocks, which refuse what their proof does not cover: "maxmin",
+            "groupsort", "fullsort", "abs", "beta_abs", "relu", "tanh" or "identity", or a class or function that makes
+            one.
+        head: the last layer: "normalized", "linear", "truncated", or a family's name.
+        mean: subtracted from each pixel first, one number or one for each channel.
+        padding_mode: of the convolutions, "zeros" or "circular".
+        strided_kernel: odd, of the blocks of stride 2; it acts as one of half the size, rounded up, on the pixel-
+            unshuffled
+            image: 3 as 2 × 2, 1 as 1 × 1.
         output_bias: whether the sandwich blocks add a bias to their output; the paper's code has none.
 
     Raises:

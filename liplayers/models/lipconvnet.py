@@ -46,14 +46,20 @@ def lipconvnet(
 
     Args:
         input_shape: (channels, height, width) of one image.
-        conv: a family's name or a class with nn.Conv2d's signature.
-        linear: of the dense layers; None takes the family of `conv` (which must then be a name).
-        channels: of the first stage.
-        stages: each halves the image; ⌈height/2^stages⌉ must stay at least 1.
-        convs_per_stage: of stride 1, before that of stride 2; may be 0.
-        dense, width: number and size of dense layers before the head.
-        head: "normalized", "linear", or a family's name.
-        mean: subtracted from the pixels first, one number or one for each channel.
+        num_classes: number of logits.
+        conv: the convolutions: a family's name, or a class with nn.Conv2d's signature.
+        linear: the dense layers: a family's name, or a class with nn.Linear's signature; None takes the family of
+            `conv`, which must then be a name.
+        channels: channels of the first stage.
+        stages: number of stages, each of which halves the image; ⌈height/2^stages⌉ must stay at least 1.
+        convs_per_stage: number of convolutions of stride 1 before that of stride 2; may be 0.
+        kernel_size: size of the kernels in pixels.
+        activation: the activation after each layer: "maxmin", "groupsort", "fullsort", "abs", "beta_abs", "relu",
+            "tanh" or "identity", or a class or function that makes one.
+        dense: number of dense layers before the head.
+        width: size of each dense layer.
+        head: the last layer: "normalized", "linear", "truncated", or a family's name.
+        mean: subtracted from each pixel first, one number or one for each channel.
 
     Raises:
         UnknownNameError: a layer, activation or head of unknown name.

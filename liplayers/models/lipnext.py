@@ -41,15 +41,16 @@ def lipnext(
 
     Args:
         input_shape: (channels, height, width) of one image.
+        num_classes: number of logits.
         width: channels of the blocks.
         depth: number of blocks.
-        patch_size: of the patches, kernel and stride of the stem; must divide the image.
-        stem: a family's name or a class with nn.Conv2d's signature.
+        patch_size: side of the patches in pixels, kernel and stride of the stem; it must divide the image.
+        stem: the patch embedding: a family's name, or a class with nn.Conv2d's signature.
         shift_ratio: share of the channels that moves in each direction, up to 1/4.
-        beta: share of the channels that are folded.
+        beta: share of the channels that are folded, in [0, 1].
         position: whether each block learns a position embedding, which fixes the image size.
-        head: "normalized", "linear", "truncated", or a family's name.
-        mean: subtracted from the pixels first, one number or one for each channel.
+        head: the last layer: "normalized", "linear", "truncated", or a family's name.
+        mean: subtracted from each pixel first, one number or one for each channel.
 
     Raises:
         UnknownNameError: a stem or head of unknown name.

@@ -1,7 +1,7 @@
 """LiResNet: linear residual blocks between a strided stem and dense layers (Hu et al. 2023, arXiv 2301.12549, and 2024,
 arXiv 2310.02513).
 
-Differs from the public code in that norms are proven bounds rather than power iterations, and in that the means are
+It differs from the public code in that each block is divided by its norm, which is proven at the end, and the means are
 subtracted before each block or after it, rather than from its branch.
 """
 
@@ -55,18 +55,25 @@ def liresnet(
 
     Args:
         input_shape: (channels, height, width) of one image.
-        block: a family's name or a class that is called with the number of channels.
-        stem: of the first convolution, 5 × 5 with stride 2.
-        patch: of the convolution of stride 4 after the backbone; "l2" for ℓ2 pooling in its place.
-        linear: of the dense layers.
-        channels: of the blocks.
-        depth: blocks in the backbone.
-        width, dense: size of the dense layers, and how many follow the first.
-        stem_patch: None, or the size of the patches of a stem with kernel = stride, as for ImageNet.
-        centering: whether the means are subtracted "before" each block or "after" it.
-        activation: after each layer, and after each block that has none inside.
-        head: "normalized", "linear", "truncated", or a family's name.
-        mean: subtracted from the pixels first, one number or one for each channel.
+        num_classes: number of logits.
+        block: the residual blocks: a family's name, or a class that is called with the number of channels.
+        stem: the first convolution, 5 × 5 with stride 2: a family's name, or a class with nn.Conv2d's signature.
+        patch: the convolution of stride 4 after the backbone: a family's name, or a class with nn.Conv2d's signature;
+            "l2" for ℓ2 pooling in its place.
+        linear: the dense layers: a family's name, or a class with nn.Linear's signature.
+        channels: channels of the blocks.
+        depth: number of blocks in the backbone.
+        width: size of each dense layer.
+        dense: number of dense layers after the first.
+        stem_patch: size in pixels of the patches of a stem with kernel = stride, as for ImageNet; None for a stem of 5
+            × 5 with stride 2.
+        centering: whether the means are subtracted "before" each layer or "after" it, as in the public code; before it,
+            they are
+            those of its output up to the border.
+        activation: the activation after each layer, and after each block that has none inside: "maxmin", "groupsort",
+            "fullsort", "abs", "beta_abs", "relu", "tanh" or "identity", or a class or function that makes one.
+        head: the last layer: "normalized", "linear", "truncated", or a family's name.
+        mean: subtracted from each pixel first, one number or one for each channel.
 
     Raises:
         UnknownNameError: a layer, block, activation, centering or head of unknown name.

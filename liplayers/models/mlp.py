@@ -29,10 +29,15 @@ def mlp(
 
     Args:
         input_shape: (channels, height, width) of one image, (features,) of one row of a table, or any other.
-        linear: a family's name or a layer class with nn.Linear's signature.
-        head: "normalized", "linear", or a family's name.
-        mean: subtracted first, one number or one for each channel or feature; None for nothing, as for standardised
-            features.
+        num_classes: number of logits.
+        linear: the dense layers: a family's name, or a class with nn.Linear's signature.
+        width: size of each dense layer.
+        depth: number of dense layers before the head.
+        activation: the activation after each layer: "maxmin", "groupsort", "fullsort", "abs", "beta_abs", "relu",
+            "tanh" or "identity", or a class or function that makes one.
+        head: the last layer: "normalized", "linear", "truncated", or a family's name.
+        mean: subtracted from each pixel or feature first, one number or one for each channel or feature; None for
+            nothing, as for standardised features.
 
     Raises:
         UnknownNameError: a layer, activation or head of unknown name.

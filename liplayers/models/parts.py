@@ -144,8 +144,8 @@ def around_backbone(
     """What LiResNet and BRONet put around their backbone, which keeps the shape of (channels, height, width).
 
     Before it a convolution 5 × 5 of stride 2, or one of patches of `stem_patch`; after it one of patches 4 × 4 (of
-    smaller ones on smaller images), or ℓ2 pooling over them, a dense layer to `width` and `dense` more, each but that
-    of the patches with an activation.
+    smaller ones on smaller images) or ℓ2 pooling over them, a dense layer to `width` and `dense` more. An activation
+    follows each of them, except the convolution of patches after the backbone.
     """
     conv = get_layer(stem, "conv")
     if stem_patch is None:

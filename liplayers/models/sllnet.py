@@ -49,13 +49,21 @@ def sllnet(
 
     Args:
         input_shape: (channels, height, width) of one image.
-        conv_block, dense_block: a family's name, or a class that is called with the number of channels or features.
-        linear: the layer from the image's features to `width`, if there are dense blocks.
-        conv_blocks, dense_blocks: may be 0.
-        hidden_channels, hidden_features: of each block; None for the family's default and for blocks without any.
-        pool: size of the patches that are averaged after the convolutions; 1 for none.
-        width: of the dense blocks; None for the number of the image's features, then without a layer before them.
-        mean: subtracted from the pixels first, one number or one for each channel.
+        num_classes: number of logits.
+        conv_block: the convolutional blocks: a family's name, or a class that is called with the number of channels.
+        dense_block: the dense blocks: a family's name, or a class that is called with the number of features.
+        linear: the layer from the image's features to `width`, if there are dense blocks: a family's name, or a class
+            with nn.Linear's signature.
+        channels: channels of the convolutional blocks.
+        conv_blocks: number of convolutional blocks; may be 0.
+        hidden_channels: hidden channels of each convolutional block; None for the family's default, and for blocks
+            without any.
+        pool: side in pixels of the patches that are averaged after the convolutions; 1 for none.
+        width: size of the dense blocks; None for the number of the image's features, without a layer before them.
+        dense_blocks: number of dense blocks; may be 0.
+        hidden_features: hidden units of each dense block; None for the family's default, and for blocks without any.
+        head: the last layer: "normalized", "linear", "truncated", or a family's name.
+        mean: subtracted from each pixel first, one number or one for each channel.
 
     Raises:
         UnknownNameError: a block or head of unknown name.

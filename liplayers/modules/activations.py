@@ -45,7 +45,7 @@ def _sort2(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Sort2(torch.autograd.Function):
-    """Maximum and minimum; their derivatives by arithmetic, which takes a tenth of torch's time on a CPU.
+    """Maximum and minimum. Their derivatives are computed by arithmetic, in a tenth of torch's time on a CPU.
 
     A tie is not swapped, so the derivative is orthogonal there as well; torch's averages the two.
     """
@@ -265,7 +265,8 @@ class Householder(ParametrizedModule):
         channels: C.
         order: the number of folds.
         dim: the channel dimension.
-        device, dtype: of the parameter `theta`, (order, ⌊C/2⌋).
+        device: of the parameter `theta`.
+        dtype: of the parameter `theta`.
 
     Shape:
         any with C channels, unchanged.
@@ -328,7 +329,13 @@ class Householder(ParametrizedModule):
 
 
 class FrozenHouseholder(LipschitzModule):
-    """`Householder` with its mirrors v as a buffer, (order, 2, ⌊C/2⌋); its bound is max(1, 2‖v‖² − 1) for each fold."""
+    """`Householder` with its mirrors v as a buffer, (order, 2, ⌊C/2⌋); its bound is max(1, 2‖v‖² − 1) for each fold.
+
+    Args:
+        mirrors: v, (order, 2, ⌊C/2⌋).
+        channels: C.
+        dim: the channel dimension.
+    """
 
     mirrors: Tensor
 
@@ -379,7 +386,7 @@ def _hull(*slopes: float) -> Slopes | None:
 
 
 def _prelu(module: nn.PReLU) -> Slopes | None:
-    """Of all channels, for the weight as it is now: a block that needs the range asks again for each bound."""
+    """The range of all channels, for the weight as it is now. A block asks again for each bound."""
     weights = (module.weight.detach(), executed(module.weight))
     return _hull(1.0, *(slope for w in weights for slope in w.flatten().tolist()))
 

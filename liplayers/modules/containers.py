@@ -1,6 +1,6 @@
 """Containers and affine layers with a known effect on the Lipschitz constant; `nn.Sequential` is known as it is.
 
-A container states by `compose_bounds` how the bounds of its branches combine; `liplayers.lipschitz_bound` walks.
+A container states by `compose_bounds` how the bounds of its branches combine; `liplayers.lipschitz_bound` asks it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,12 @@ class ConvexResidual(Container):
 
 
 class FrozenResidual(Container):
-    """y = (1 − α)x + α·f(x), α a buffer: `ConvexResidual`."""
+    """y = (1 − α)x + α·f(x), α a buffer: `ConvexResidual`.
+
+    Args:
+        branch: f, which keeps the shape of its input.
+        alpha: α, one number in (0, 1).
+    """
 
     alpha: Tensor
 
@@ -151,6 +156,9 @@ class Concatenate(Container):
 class Scale(LipschitzModule):
     """Multiply by a constant: y = factor·x, bound |factor|.
 
+    Args:
+        factor: any finite number.
+
     >>> Scale(3.0).lipschitz_bound()
     3.0
     """
@@ -175,7 +183,8 @@ class Normalize(LipschitzModule):
     """Per-channel (x − mean)/std as part of the model; the bound is 1/min(std), in the norm of the pixels.
 
     Args:
-        mean, std: one number for each channel.
+        mean: one number for each channel, in the units of the input.
+        std: one positive number for each channel, in the units of the input.
 
     Shape:
         (N, C, *) → the same.

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from liplayers.core.checks import check_shape
 from liplayers.core.intact import require_intact
 from liplayers.core.module import LipschitzModule
 from liplayers.core.precision import exact_precision, executed
@@ -29,13 +28,11 @@ from liplayers.linalg.norms import frobenius_norm
 from liplayers.linalg.orthogonal import skew_polynomial_bound
 from liplayers.linalg.verified import conv_norm_enclosure, entry_norm, largest_norm_enclosure, weighted_row_sum_norm
 from liplayers.modules.activations import require_sector, require_slope_range, tied_channels
-from liplayers.modules.containers import Container
 
 __all__ = [
     "FrozenFourierConv2d",
     "FrozenLMIBlock",
     "FrozenPolynomialConv2d",
-    "FrozenResidual",
     "FrozenResidualBlock",
     "Placement",
     "Size",
@@ -251,7 +248,7 @@ class FrozenFourierConv2d(_PlacedConv2d):
         return largest_norm_enclosure(self.matrices()).upper
 
     def constant_errors(self) -> dict[str, float]:
-        """Of the four matrices: as they run, from those in float64, and of these from the exact ones."""
+        """For each of the four matrices, its distance as it runs from the exact one, by way of float64."""
         errors = {}
         for name, matrix in self._transforms().items():
             distance = frobenius_norm((self.get_buffer(name).detach().cpu().double() - matrix).flatten(1)).item()
@@ -351,6 +348,12 @@ class FrozenResidualBlock(_FrozenBlock):
     Its bound is proven for W and V as they are. With S = diag(s), V = SW + E, κ = ‖S^½W‖²/2 and slopes in [0, 1], the
     spectrum of I − WᵀSDW is in [1 − 2κ, 1], so that L ≤ max(1, 2κ − 1) + ‖T⁻¹E‖‖TW‖ for any diagonal T > 0, for zero
     and circular padding. T is S^½ to a power of two, which multiplies exactly.
+
+    Args:
+        inner: W and b, one nn.Linear or nn.Conv2d.
+        activation: entrywise with slopes in [0, 1].
+        outgoing: −Vᵀ, of the same type.
+        skip: nn.Identity.
     """
 
     def check_parts(self) -> None:
@@ -385,7 +388,7 @@ class FrozenResidualBlock(_FrozenBlock):
 def _check_adjoint_places(layers: Sequence[nn.Module]) -> None:
     """Raise UnknownBoundError unless W and V are dense, or convolutions of odd size that keep the image's, both alike.
 
-    That is what the types and settings of torch's modules, which anyone may change, have to say now.
+    The types and settings are read as they are now, since anyone may change those of torch's modules.
     """
     kinds = {type(layer) for layer in layers}
     if len(layers) != 2 or (kinds != {nn.Linear} and kinds != {nn.Conv2d}):
@@ -406,9 +409,9 @@ def _check_adjoint_places(layers: Sequence[nn.Module]) -> None:
 
 
 def _rounded_norm(weight: Tensor, rounded: Tensor) -> float:
-    """The norm of a dense map or a convolution from above, its entries off by 2⁻⁵² of those of `rounded` at most.
+    """An upper bound of the norm of a dense map or a convolution, for entries off by 2⁻⁵² of those of `rounded`.
 
-    What underflow took from a product, or a power of two from a tiny entry, is less than 2⁻⁵⁰⁰ an entry.
+    Underflow, of a product or of a tiny entry times a power of two, takes less than 2⁻⁵⁰⁰ from each entry.
     """
     kernel, rounded = (w if w.dim() == 4 else w[..., None, None] for w in (weight, rounded))
     lost = upward.product(2.0**-52, entry_norm(rounded.abs().sum((2, 3))))
@@ -420,10 +423,12 @@ class FrozenLMIBlock(_FrozenBlock):
     """A block that multipliers Λ_l prove by a linear matrix inequality: Sandwich, LBDN, LDLT, Gershgorin.
 
     Args:
-        inner, outgoing, skip: nn.Linear, or `FrozenFourierConv2d` on one grid, where the inequality is shown at each
-            frequency.
+        inner: the maps to the hidden layers: nn.Linear, or `FrozenFourierConv2d` on one grid, where the inequality is
+            shown at each frequency.
         activation: with channels in dimension 1.
-        multipliers: the diagonals of Λ_l, kept in float64 as `multiplier_1`, …; they prove and do not run.
+        outgoing: B, of the same type.
+        skip: A, of the same type; None for none.
+        multipliers: the diagonals of Λ_l, kept in float64 as `multiplier_1`, …; they are for the proof and do not run.
         lipschitz: 𝓛, what the weights were made for.
         sector: the slopes that they were made for.
     """
@@ -482,7 +487,8 @@ class FrozenLMIBlock(_FrozenBlock):
 def _check_one_grid(inner: nn.ModuleList, outgoing: nn.Module, skip: nn.Module | None) -> None:
     """Raise UnknownBoundError unless all layers are nn.Linear, or multiply at each frequency of one grid.
 
-    Between its ends such a network stays on the grid: only then is what is shown at each frequency shown for all of it.
+    Between its ends such a network stays on the grid. Only then does what is shown at each frequency hold for the
+    whole.
     """
     layers = [*inner, outgoing, *(() if skip is None else (skip,))]
     kinds = {type(layer) for layer in layers}
@@ -509,33 +515,3 @@ def _matrices(layer: nn.Module) -> Tensor:
     if isinstance(layer, FrozenFourierConv2d):
         return layer.matrices().detach().to(torch.complex128)
     return executed(layer.weight)[None]  # type: ignore[arg-type]
-
-
-class FrozenResidual(Container):
-    """y = (1 − α)x + α·f(x), α a buffer: `ConvexResidual`."""
-
-    alpha: Tensor
-
-    def __init__(self, branch: nn.Module, alpha: Tensor) -> None:
-        super().__init__()
-        self.branch = branch
-        self.register_buffer("alpha", alpha.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.branch(x)
-        if y.shape != x.shape:
-            raise ShapeError(
-                f"FrozenResidual: the branch turned {tuple(x.shape)} into {tuple(y.shape)}; it must keep the shape"
-            )
-        return (1 - self.alpha) * x + self.alpha * y
-
-    def branches(self) -> Sequence[nn.Module]:
-        return [self.branch]
-
-    def compose_bounds(self, bounds: Sequence[float]) -> float:
-        check_shape(self, "alpha", self.alpha, ())
-        exact = (1 - self.alpha).double(), self.alpha.double()
-        pairs = [exact, (executed(1 - self.alpha), executed(self.alpha))]
-        return max(
-            upward.total(abs(rest.item()), upward.product(abs(weight.item()), bounds[0])) for rest, weight in pairs
-        )

@@ -22,7 +22,8 @@ class PositionEmbedding(LipschitzModule):
 
     Args:
         shape: of one input without the batch dimension, (C, H, W) for an image.
-        device, dtype: of the parameter `position`.
+        device: of the parameter `position`.
+        dtype: of the parameter `position`.
 
     Shape:
         (N, *shape) → the same.
@@ -79,9 +80,9 @@ class BatchCentering(LipschitzModule):
 
     No variance is divided out, so both are contractions. In eval m is constant: a shift, an isometry of each sample. In
     training y = (I − 11ᵀ/M)x in each channel, over the M entries of the batch: an orthogonal projection of the whole
-    batch. There the bound is one of the batch as one vector; a sample also moves the others, but all of it together is
-    no longer than its own change. It composes with layers that treat each sample by itself, which have the same bound
-    for a batch. The mean is taken in float32 at least.
+    batch. There the bound is about the batch as one vector: a change of one sample also moves the others, but all
+    of it together is at most as long as that change. It composes with layers that treat each sample by itself, since
+    those have the same bound for a batch. The mean is taken in float32 at least.
 
     m ← (1 − momentum)·m + momentum·(mean of the batch) after each batch in training, from 0. Cost: one mean and one
     subtraction. Signal gain at initialisation: 1 for channels of mean 0 (training) or any (eval, up to the shift).
@@ -89,8 +90,9 @@ class BatchCentering(LipschitzModule):
     Args:
         channels: C.
         momentum: the weight of the newest batch, in [0, 1].
-        device, dtype: of the buffer `running_mean` and of the bias.
         bias: whether b is there.
+        device: of the buffer `running_mean`.
+        dtype: of the buffer `running_mean`.
 
     Shape:
         (N, C, *) → the same.

@@ -51,7 +51,7 @@ class ScaledAvgPool2d(_Pool2d):
     one sum over each patch. Signal gain at initialisation: 1 for constant patches, 1/√|patch| for white noise.
 
     Args:
-        kernel_size: an integer or a pair.
+        kernel_size: size of a patch in pixels, an integer or a pair.
         stride: None or equal to kernel_size.
 
     Shape:
@@ -80,7 +80,18 @@ class L2Pool2d(_Pool2d):
 
     Nonlinear, for images of every size. Cost: one norm of each patch. Signal gain at initialisation: 1, as always.
 
-    Arguments, shape and errors as `ScaledAvgPool2d`. The gradient at an all-zero patch is taken as 0.
+    The gradient at an all-zero patch is taken as 0.
+
+    Args:
+        kernel_size: size of a patch in pixels, an integer or a pair.
+        stride: None or equal to kernel_size.
+
+    Shape:
+        (*, H, W) → (*, ⌊H/k⌋, ⌊W/k⌋).
+
+    Raises:
+        ArgumentError: a stride other than kernel_size.
+        ShapeError: an image smaller than a patch.
 
     Source: Boureau et al. 2010; as a 1-Lipschitz layer, Serrurier et al. 2021 (arXiv 2006.06520).
 
@@ -101,7 +112,16 @@ class MaxPool2d(_Pool2d):
     Nonlinear, does not preserve norms; for images of every size. Cost: one maximum over each patch. Signal gain at
     initialisation: 1 for a lone peak in each patch, 1/√|patch| for constant patches.
 
-    Arguments, shape and errors as `ScaledAvgPool2d`.
+    Args:
+        kernel_size: size of a patch in pixels, an integer or a pair.
+        stride: None or equal to kernel_size.
+
+    Shape:
+        (*, H, W) → (*, ⌊H/k⌋, ⌊W/k⌋).
+
+    Raises:
+        ArgumentError: a stride other than kernel_size.
+        ShapeError: an image smaller than a patch.
 
     Source: in 1-Lipschitz networks, Prach et al. 2023, arXiv 2311.16833.
 

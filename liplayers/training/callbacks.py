@@ -52,9 +52,9 @@ class Stopped(SystemExit):
 class SaveWhenInterrupted(L.Callback):
     """Writes a checkpoint that resumes when training ends by Ctrl-C, SIGTERM or an exception.
 
-    A signal waits until the optimizer has stepped and any validation has ended, for the resumed run to be the same as
-    one without a break: an exception between two arbitrary lines may be lost in a callback, or leave the optimizer
-    half stepped. Then `Stopped` is raised. Ctrl-C again, a second or more later, ends at once and saves nothing.
+    When a signal comes, `Stopped` is raised once the optimizer has stepped and any validation has ended, so that the
+    resumed run is the same as one without a break. An exception between two arbitrary lines could be lost in a
+    callback, or leave the optimizer half stepped. Ctrl-C again, a second or more later, ends at once and saves nothing.
 
     Of several processes all stop when one is asked to; an exception in one of them leaves no checkpoint, since all
     must take part in writing it.
@@ -83,7 +83,7 @@ class SaveWhenInterrupted(L.Callback):
         self._listen()
 
     def _listen(self) -> None:
-        """From when Lightning has set a handler of its own, which ends with status 0; it restores what was before."""
+        """Begins once Lightning has set its handler, which ends with status 0; it restores what was before."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as in a shell's background job
@@ -126,9 +126,9 @@ class SaveWhenInterrupted(L.Callback):
 
 
 class ValidateAtEnd(Checkpoint):
-    """Lets training end with a validation, where it would end between two: every state that is kept can be best.
+    """Ends training with a validation where it would end between two, so that every kept state can be the best.
 
-    A checkpoint callback, since those run after the others, of which one may stop the training.
+    It is a checkpoint callback, since those run after the others, one of which may stop the training.
 
     Attributes:
         step: of the last validation.

@@ -125,8 +125,10 @@ class ManifoldAdamW(ManifoldOptimizer):
 
     Args:
         params: parameters or groups of them.
-        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; lr is about the angle by which a step turns each pair
-            of axes.
+        lr: learning rate; about the angle, in radians, by which a step turns each pair of axes.
+        betas: decay of the means of the gradient and of its square, as in `torch.optim.AdamW`.
+        eps: ε, added to the root of the mean square.
+        weight_decay: AdamW's, of the parameters that are not orthogonal.
         retract_every: steps between two retractions of a parameter. One costs as much as ten steps. Without any, norms
             were at most 4e-5 above 1 after 100 steps with lr ≤ 0.02, and 7e-4 with lr 0.1 (squares of 2 to 256).
 
@@ -187,9 +189,11 @@ class ManifoldMuon(ManifoldOptimizer):
         lr: about the angle of a turn, in radians, at most 0.5; 0.05 to 0.2 suit dense layers.
         momentum: β.
         plain_ratio: AdamW's learning rate for other parameters, as a multiple of lr.
-        betas, eps, weight_decay: AdamW's; there is no weight decay on the manifold.
-        bfloat16: for the products, but for the one that finds the distance from the manifold; processors without such
-            products are faster without.
+        betas: AdamW's, for other parameters.
+        eps: AdamW's ε, for other parameters.
+        weight_decay: AdamW's, for other parameters; there is no weight decay on the manifold.
+        bfloat16: whether the products run in bfloat16, except the one that finds the distance from the manifold;
+            processors without such products are faster with False.
 
     Raises:
         ArgumentError: a setting out of range.

@@ -38,7 +38,7 @@ def _bound_moves(module: nn.Module) -> bool:
 
 
 class _Splitters(dict[bool, Callable[[], HeadSplit]]):
-    """Of one model, by whether it trains; a copy, which has another model, begins without any."""
+    """The splitters of one model, by whether it trains; a copy has another model and begins without any."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Splitters:
         return _Splitters()
@@ -51,8 +51,9 @@ class CertifiedClassifier(L.LightningModule):
     """Trains a classifier and logs, for each epoch, loss, clean accuracy, certified accuracy and mean margin.
 
     The certified accuracies logged here come from float32 margins: they monitor the training and prove nothing. Those
-    of training batches take the last bound that was computed, at the start of the epoch or in a validation, unless the
-    loss needs that of every step or there is no validation split, so that they select the checkpoint.
+    of training batches take the last bound that was computed, at the start of the epoch or in a validation. They take
+    that of every step where the loss needs it, or where there is no validation split, so that they select the
+    checkpoint.
 
     Args:
         model: ends in a linear head (`liplayers.split_head`), or certifies with √2·L.

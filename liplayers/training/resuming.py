@@ -1,4 +1,4 @@
-"""Whether training can go on from a checkpoint, told before anything is written."""
+"""Checks, before anything is written, that training can go on from a checkpoint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_training_state(path: Path, module: CertifiedClassifier, trainer: L.Tra
     Args:
         path: the checkpoint, whose weights are known to fit.
         module: the classifier to go on with.
-        trainer: the trainer that will; its loops are left where the checkpoint is.
+        trainer: the trainer to go on with; its loops are left where the checkpoint is.
 
     Raises:
         CheckpointError: anything but the weights is missing or does not fit the model, its optimizer and its schedule.
@@ -76,7 +76,7 @@ def _check_loops(content: dict[str, Any], trainer: L.Trainer) -> None:
 
 
 def _check_kind(state: Any, like: Any, name: str) -> None:
-    """Raise where a part of a state is not of the kind that the same part has in another; either may have more."""
+    """Raise where a part of a state is of another kind than the same part of another; either may have more."""
     if isinstance(like, dict):
         if not isinstance(state, dict):
             raise TypeError(f"{name} is {state!r:.40}, expected entries")
@@ -92,7 +92,7 @@ def _check_kind(state: Any, like: Any, name: str) -> None:
 
 
 def _rehearse_step(content: dict[str, Any], module: CertifiedClassifier, device: torch.device) -> None:
-    """A step of optimizer and schedule with the states of the checkpoint and gradients of no meaning."""
+    """A step of optimizer and schedule with the states of the checkpoint and arbitrary gradients."""
     model = copy.deepcopy(module.model).to(device)
     optimizer = module.optimizer_factory(model.parameters())
     schedule = module.schedule_factory(optimizer, 1)

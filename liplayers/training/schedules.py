@@ -23,7 +23,14 @@ def constant(optimizer: Optimizer, total_steps: int) -> LambdaLR:
 
 
 def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.05, final: float = 0.0) -> LambdaLR:
-    """Linear warm-up over the share `warmup` of the steps, then a half cosine down to `final` times the rate."""
+    """Linear warm-up over the share `warmup` of the steps, then a half cosine down to `final` times the rate.
+
+    Args:
+        optimizer: whose learning rate is scheduled.
+        total_steps: optimizer steps of the whole training.
+        warmup: share of the steps of the rise, in [0, 1).
+        final: what the rate ends at, as a multiple of the full one.
+    """
     _check_share("warmup", warmup)
     rise = max(1, round(warmup * total_steps))
 
@@ -37,7 +44,14 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.05, 
 
 
 def triangular(optimizer: Optimizer, total_steps: int, peak: float = 0.4, final: float = 0.0) -> LambdaLR:
-    """Linear rise to the full rate at the share `peak` of the steps, then linear decay to `final` times it."""
+    """Linear rise to the full rate at the share `peak` of the steps, then linear decay to `final` times it.
+
+    Args:
+        optimizer: whose learning rate is scheduled.
+        total_steps: optimizer steps of the whole training.
+        peak: share of the steps of the rise, in [0, 1).
+        final: what the rate ends at, as a multiple of the full one.
+    """
     _check_share("peak", peak)
     top = max(1, round(peak * total_steps))
 

@@ -19,6 +19,10 @@ class LipschitzLinear(ParametrizedModule, abstract=True):
 
     A family's constructor has the arguments of `torch.nn.Linear`, calls this one with the sizes, makes `raw`, what else
     is mapped and `bias`, in this order, and calls `reset_parameters`.
+
+    Args:
+        in_features: size of each input.
+        out_features: size of each output.
     """
 
     has_weight = True

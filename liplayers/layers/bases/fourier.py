@@ -29,6 +29,17 @@ class FourierConv2d(LipschitzConv2d, abstract=True):
     transformed, multiplied at each frequency by W(ω) with ‖W(ω)‖ ≤ 1, transformed back and cropped to the size that
     torch's convolution would have. Embedding and cropping are contractions, so the whole is one, for every image size;
     with circular padding nothing is cropped at stride 1 and an orthogonal W(ω) gives an orthogonal layer.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: an integer or a pair; it acts by pixel-unshuffling, with the kernel ⌈k/s⌉ on the unshuffled image.
+        padding: pixels around the image on each side, an integer or a pair; "same" (with stride 1 only) or "valid"
+            (none).
+        dilation: 1, the only value of this family.
+        groups: 1, the only value of this family.
+        padding_mode: what the padding holds, "zeros" or "circular".
     """
 
     def _check_arguments(self) -> None:

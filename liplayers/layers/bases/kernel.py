@@ -32,6 +32,17 @@ class LipschitzConv2d(ParametrizedModule, abstract=True):
 
     A family's constructor has the arguments of `torch.nn.Conv2d`, calls this one with those that describe the map,
     makes `raw`, what else is mapped and `bias`, in this order, and calls `reset_parameters`.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: pixels from one position of the kernel to the next, an integer or a pair.
+        padding: pixels around the image on each side, an integer or a pair; "same" (with stride 1 only) or "valid"
+            (none).
+        dilation: pixels from one tap of the kernel to the next, an integer or a pair.
+        groups: number of groups of channels that are mapped apart; it divides in_channels and out_channels.
+        padding_mode: what the padding holds, "zeros" or "circular".
     """
 
     bias: nn.Parameter | None
@@ -140,6 +151,17 @@ class KernelConv2d(LipschitzConv2d, abstract=True):
 
     `map_weight` returns a kernel (out, in/groups, kh, kw) whose convolution, with this stride and dilation, has norm
     ≤ 1 on the infinite grid.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: pixels from one position of the kernel to the next, an integer or a pair.
+        padding: pixels around the image on each side, an integer or a pair; "same" (with stride 1 only) or "valid"
+            (none).
+        dilation: pixels from one tap of the kernel to the next, an integer or a pair.
+        groups: number of groups of channels that are mapped apart; it divides in_channels and out_channels.
+        padding_mode: what the padding holds, "zeros" or "circular".
     """
 
     has_weight = True
@@ -177,8 +199,23 @@ class KernelConv2d(LipschitzConv2d, abstract=True):
 class LipschitzConvTranspose2d(LipschitzModule):
     """The adjoint of a convolution of `family`, with the arguments of `torch.nn.ConvTranspose2d`.
 
-    The adjoint of a contraction is one; output_padding only adds positions of the larger image that it is the adjoint
-    on. The raw parameters are those of the convolution from out_channels to in_channels, held as `adjoint`.
+    The adjoint of a contraction is a contraction. output_padding only enlarges the image that the convolution would
+    take. The raw parameters are those of the convolution from out_channels to in_channels, held as `adjoint`.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the output.
+        kernel_size: size of the kernel in pixels, an integer or a pair.
+        stride: pixels of the output from one position of the kernel to the next, an integer or a pair.
+        padding: pixels that are cut from the output on each side, an integer or a pair.
+        output_padding: pixels more at the end of the output, an integer or a pair; fewer than the larger of stride and
+            dilation.
+        groups: number of groups of channels that are mapped apart; it divides in_channels and out_channels.
+        bias: whether b is there.
+        dilation: pixels from one tap of the kernel to the next, an integer or a pair.
+        padding_mode: "zeros", the only value of transposed convolutions.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     family: Callable[..., KernelConv2d]
@@ -221,7 +258,7 @@ class LipschitzConvTranspose2d(LipschitzModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As the convolution's; no bias."""
+        """Start as the convolution does, without a bias."""
         self.adjoint.reset_parameters()
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -244,7 +281,7 @@ class LipschitzConvTranspose2d(LipschitzModule):
         self.assign_weight(weight)
 
     def assign_weight(self, weight: Tensor) -> float:
-        """As the convolution's."""
+        """Start from a dense weight, as the convolution does."""
         return self.adjoint.assign_weight(weight)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """What the networks designed by a linear matrix inequality share: w_l = σ(C_l w_{l−1} + b_l), y = A x + B w_n + b.
 
 A family states its explicit weights, with the multipliers that prove them, as a function of raw parameters. Here they
-are shrunk by what rounding to the layer's dtype can cost, run, and their bound is proven again for those that run.
+are shrunk by what rounding to the layer's dtype can cost, and then they run. Their bound is proven again for the
+weights that run.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class LMIBlock(ParametrizedModule, abstract=True):
         """Orthogonal matrices for the hidden layers, of singular values `gain`.
 
         Those after the first `ROTATED` are `kept` times the identity, which has to stand for C_l = I, where they are
-        square and the slopes in [0, β]: what has passed one ReLU passes the others unchanged, where rotations would
+        square and the slopes are in [0, β]. What has passed one ReLU then passes the others unchanged. Rotations would
         leave 2^(−n/2) of it after n layers.
         """
         for i, matrix in enumerate(matrices):
@@ -174,7 +175,15 @@ class LMIBlock(ParametrizedModule, abstract=True):
 
 
 class DenseLMIBlock(LMIBlock, abstract=True):
-    """Base of the dense forms."""
+    """Base of the dense forms.
+
+    Args:
+        features: size of each input.
+        hidden_features: d_1 … d_n, one integer or several; default `out_features`.
+        out_features: size of each output; default `features`.
+        activation: one that the proof of the family covers; default ReLU.
+        lipschitz: 𝓛, above 0.
+    """
 
     def __init__(
         self,
@@ -236,6 +245,16 @@ class Conv2dLMIBlock(LMIBlock, abstract=True):
     cropping are contractions. As the activation acts on each pixel, the multipliers are the same at all frequencies,
     and the sum of the forms over the frequencies is the form of the whole. Parameters and bound do not depend on the
     size of the image.
+
+    Args:
+        channels: channels of the image.
+        hidden_channels: channels of w_1 … w_n, one integer or several; default `out_channels`.
+        out_channels: channels of the output; default `channels`.
+        kernel_size: size of the raw kernels in pixels, odd.
+        stride: an integer; it acts by pixel-unshuffling: the output has ⌈H/s⌉ × ⌈W/s⌉ pixels.
+        padding_mode: what surrounds the image, "zeros" or "circular".
+        activation: one that the proof of the family covers; default ReLU.
+        lipschitz: 𝓛, above 0.
     """
 
     def __init__(

@@ -30,6 +30,9 @@ class ResidualBlock(ParametrizedModule, abstract=True):
 
     `map_weight` returns W and V, (hidden, in) or (hidden, in, kh, kw). A family's constructor calls this one, makes
     `raw`, what else is mapped and `bias`, in this order, and calls `reset_parameters`.
+
+    Args:
+        activation: entrywise with slopes in [0, 1]; default ReLU.
     """
 
     bias: nn.Parameter | None
@@ -63,7 +66,13 @@ class ResidualBlock(ParametrizedModule, abstract=True):
 
 
 class DenseBlock(ResidualBlock, abstract=True):
-    """Base of the dense residual blocks; arguments as `SLLBlock` documents them."""
+    """Base of the dense residual blocks.
+
+    Args:
+        features: size of input and output.
+        hidden_features: hidden units; default `features`.
+        activation: entrywise with slopes in [0, 1]; default ReLU.
+    """
 
     def __init__(self, features: int, hidden_features: int | None, activation: nn.Module | None) -> None:
         super().__init__(activation)
@@ -90,7 +99,15 @@ class DenseBlock(ResidualBlock, abstract=True):
 
 
 class Conv2dBlock(ResidualBlock, abstract=True):
-    """Base of the convolutional residual blocks; arguments as `SLLConv2dBlock` documents them."""
+    """Base of the convolutional residual blocks.
+
+    Args:
+        channels: channels of input and output.
+        hidden_channels: channels of the hidden layer; default `channels`.
+        kernel_size: size of the kernel in pixels; odd, so that the image keeps its size with padding (k − 1)/2.
+        padding_mode: what surrounds the image, "zeros" or "circular".
+        activation: entrywise with slopes in [0, 1]; default ReLU.
+    """
 
     def __init__(
         self,
@@ -145,5 +162,5 @@ class Conv2dBlock(ResidualBlock, abstract=True):
 
 
 def adjoint_kernel(kernel: Tensor) -> Tensor:
-    """Of the adjoint of a convolution of odd size that keeps the image's: flipped and transposed."""
+    """The kernel of the adjoint, flipped and transposed, for an odd kernel that keeps the image's size."""
     return rearrange(kernel, "h c a b -> c h a b").flip(-2, -1)
