@@ -90,9 +90,9 @@ class BatchCentering(LipschitzModule):
     Args:
         channels: C.
         momentum: the weight of the newest batch, in [0, 1].
-        bias: whether b is there.
         device: of the buffer `running_mean`.
         dtype: of the buffer `running_mean`.
+        bias: whether b is there.
 
     Shape:
         (N, C, *) → the same.
