@@ -33,7 +33,7 @@ from liplayers.audit.steepest import lipschitz_lower_bound, margin_ratio_lower_b
 from liplayers.bounds.rounding import RoundingAnalysis
 from liplayers.certification import certified_radius
 from liplayers.errors import ArgumentError, DataError, LipschitzError, ShapeError, UnknownNameError
-from tests.audit import jacobian, operator_norm
+from liplayers.testing.measure import jacobian, operator_norm
 
 F64 = torch.float64
 METHODS = {"pgd": pgd, "apgd": apgd}
