@@ -134,7 +134,7 @@ def symbol_norm_estimate(kernel: Tensor, density: int = 4) -> Tensor:
     """The norm of a stride-1 convolution from below, tightly and cheaply; differentiable once, and no proof.
 
     |uᴴK̂(ω)v| for unit vectors u, v and a frequency ω, which is at most the norm. Power iteration on a grid of
-    density·(k − 1) points along each axis finds the four largest frequencies, which are refined on a finer grid; at the
+    density·(k − 1) points along each axis finds the eight largest frequencies, which are refined on a finer grid; at the
     best, u and v are the singular vectors by repeated squaring of K̂ᴴK̂.
 
     Args:
@@ -150,7 +150,7 @@ def symbol_norm_estimate(kernel: Tensor, density: int = 4) -> Tensor:
     return _SymbolNorm.apply(kernel, density)[0]
 
 
-_STEPS, _CANDIDATES, _REFINEMENTS, _SQUARINGS, _FINE = 10, 4, 2, 10, 32
+_STEPS, _CANDIDATES, _REFINEMENTS, _SQUARINGS, _FINE = 20, 8, 3, 10, 32
 
 
 def _top_direction(K: Tensor, density: int) -> Tensor:
@@ -159,7 +159,7 @@ def _top_direction(K: Tensor, density: int) -> Tensor:
     grid = max(1, density * (kh - 1)), max(1, density * (kw - 1))
     X = transfer_matrix(K, grid)
     # no pattern that a kernel may have
-    start = torch.cos(2.4 * torch.arange(channels, device=K.device, dtype=K.dtype)).to(X.dtype)[:, None]
+    start = (1 + torch.cos(2.4 * torch.arange(channels, device=K.device, dtype=K.dtype))).to(X.dtype)[:, None]
     v = _power_iteration(X, start)
     best = torch.linalg.vector_norm(X @ v, dim=(-2, -1)).flatten(1).topk(min(_CANDIDATES, X.shape[1] * X.shape[2]))
     count = best.indices.shape[1]

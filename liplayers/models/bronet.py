@@ -20,6 +20,7 @@ from liplayers.models.parts import (
     around_backbone,
     centred,
     check_not_negative,
+    chosen,
     image_shape,
     make_head,
     sequence,
@@ -62,7 +63,8 @@ def bronet(
         dense_rank_ratio: likewise, of BRO's square dense layers, in (0, 1]; with it, dense layers and patches whose
             output is
             smaller than their input have the rank of the output, as on Tiny-ImageNet.
-        stem: the first convolution, 5 × 5 with stride 2: a family's name, or a class with nn.Conv2d's signature.
+        stem: the first convolution, 5 × 5 with stride 2: a family's name, a class with nn.Conv2d's signature, or "free"
+            for one that is not constrained, whose norm the loss is given.
         patch: the convolution of stride 4 after the backbone: a family's name, or a class with nn.Conv2d's signature;
             "l2" for ℓ2 pooling in its place.
         linear: the dense layers: a family's name, or a class with nn.Linear's signature.
@@ -75,8 +77,7 @@ def bronet(
         stem_patch: size in pixels of the patches of a stem with kernel = stride, as for ImageNet; None for a stem of 5
             × 5 with stride 2.
         centering: whether the means are subtracted "before" each layer or "after" it, as in the public code; before it,
-            they are
-            those of its output up to the border.
+            they are those of its output up to the border.
         activation: the activation after each layer: "maxmin", "groupsort", "fullsort", "abs", "beta_abs", "relu",
             "tanh" or "identity", or a class or function that makes one.
         head: the last layer: "normalized", "linear", "truncated", or a family's name.
@@ -96,7 +97,7 @@ def bronet(
     check_not_negative(bronet, dense=dense, blocks=blocks)
     layer = get_layer(conv, "conv")
     options: dict[str, Any] = {} if rank_ratio is None else {"rank_ratio": rank_ratio}
-    residual = get_layer("liresnet", "conv_block")
+    residual = chosen("free" if stem == "free" else "liresnet", "conv_block")
     maps = [partial(residual, channels)] * blocks
     maps += [partial(layer, channels, channels, 3, padding=1, **options)] * depth
     backbone = [module for make in maps for module in centred(make, channels, activation, centering)]

@@ -14,13 +14,13 @@ from functools import partial
 from torch import nn
 
 from liplayers.core.checks import check_positive
-from liplayers.core.registry import get_layer
 from liplayers.models.parts import (
     LayerChoice,
     Mean,
     around_backbone,
     centred,
     check_not_negative,
+    chosen,
     image_shape,
     make_head,
     sequence,
@@ -56,8 +56,9 @@ def liresnet(
     Args:
         input_shape: (channels, height, width) of one image.
         num_classes: number of logits.
-        block: the residual blocks: a family's name, or a class that is called with the number of channels.
-        stem: the first convolution, 5 × 5 with stride 2: a family's name, or a class with nn.Conv2d's signature.
+        block: the residual blocks: a family's name, a class that is called with the number of channels, or "free".
+        stem: the first convolution, 5 × 5 with stride 2: a family's name, a class with nn.Conv2d's signature, or "free"
+            for one that is not constrained, whose norm the loss is given.
         patch: the convolution of stride 4 after the backbone: a family's name, or a class with nn.Conv2d's signature;
             "l2" for ℓ2 pooling in its place.
         linear: the dense layers: a family's name, or a class with nn.Linear's signature.
@@ -68,8 +69,7 @@ def liresnet(
         stem_patch: size in pixels of the patches of a stem with kernel = stride, as for ImageNet; None for a stem of 5
             × 5 with stride 2.
         centering: whether the means are subtracted "before" each layer or "after" it, as in the public code; before it,
-            they are
-            those of its output up to the border.
+            they are those of its output up to the border.
         activation: the activation after each layer, and after each block that has none inside: "maxmin", "groupsort",
             "fullsort", "abs", "beta_abs", "relu", "tanh" or "identity", or a class or function that makes one.
         head: the last layer: "normalized", "linear", "truncated", or a family's name.
@@ -87,7 +87,7 @@ def liresnet(
     image = image_shape(input_shape)
     check_positive(liresnet, channels=channels, depth=depth, width=width, num_classes=num_classes)
     check_not_negative(liresnet, dense=dense)
-    make = get_layer(block, "conv_block")
+    make = chosen(block, "conv_block")
     has_activation = "activation" in inspect.signature(make).parameters
     follows = None if has_activation else activation
     backbone = [m for _ in range(depth) for m in centred(partial(make, channels), channels, follows, centering)]

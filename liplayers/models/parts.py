@@ -14,6 +14,7 @@ from liplayers.core.checks import check_positive
 from liplayers.core.registry import FAMILIES, get_layer
 from liplayers.core.weights import ParametrizedModule
 from liplayers.errors import ArgumentError, UnknownNameError
+from liplayers.layers.free import FreeConv2d, FreeResidualConv2dBlock
 from liplayers.layers.normalized import NormalizedLinear
 from liplayers.modules.activations import get_activation
 from liplayers.modules.containers import Normalize
@@ -27,6 +28,7 @@ __all__ = [
     "around_backbone",
     "centred",
     "check_not_negative",
+    "chosen",
     "flat_size",
     "image_shape",
     "make_head",
@@ -47,6 +49,14 @@ def subtract_mean(input_shape: Sequence[int], mean: Mean) -> nn.Module:
     if len(means) != channels:
         raise ArgumentError(f"mean={mean}: expected one number, or one for each of {channels} channels")
     return Normalize(means, [1.0] * channels)
+
+
+FREE: dict[str, Callable[..., nn.Module]] = {"conv": FreeConv2d, "conv_block": FreeResidualConv2dBlock}
+
+
+def chosen(choice: LayerChoice, role: str) -> Callable[..., nn.Module]:
+    """The layer of a family as by `get_layer`, and "free" for what is not constrained."""
+    return FREE[role] if choice == "free" else get_layer(choice, role)
 
 
 def check_not_negative(owner: Callable[..., nn.Module], **counts: int) -> None:
@@ -147,7 +157,7 @@ def around_backbone(
     smaller ones on smaller images) or ℓ2 pooling over them, a dense layer to `width` and `dense` more. An activation
     follows each of them, except the convolution of patches after the backbone.
     """
-    conv = get_layer(stem, "conv")
+    conv = chosen(stem, "conv")
     if stem_patch is None:
         first = conv(image[0], channels, 5, stride=2, padding=2)
         sizes = [(n + 1) // 2 for n in image[1:]]
