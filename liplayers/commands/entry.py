@@ -25,7 +25,7 @@ from liplayers.errors import ConfigError, LipschitzError, MissingPackageError, U
 from liplayers.extras import extra
 from liplayers.text import one_line
 
-__all__ = ["audit_command", "certify_command", "front_command", "front_options", "run", "train_command"]
+__all__ = ["front_options", "run"]  # the commands are those of the package
 
 
 def train_command() -> None:
