@@ -48,8 +48,8 @@ def aolnet(
         depth: number of 3 × 3 convolutions.
         patch_features: channels of each patch that the dense layers see.
         dense: number of dense layers; no activation follows the last.
-        activation: the activation after each layer: "maxmin", "groupsort", "fullsort", "abs", "beta_abs", "relu",
-            "tanh" or "identity", or a class or function that makes one.
+        activation: the activation after each layer: "maxmin", "maxmin_neighbours", "groupsort", "fullsort", "abs",
+            "beta_abs", "relu", "tanh" or "identity", or a class or function that makes one.
         head: the last layer: "truncated" (the first outputs of the last layer are the logits, as in the paper),
             "normalized", "linear", or a family's name.
         mean: subtracted from each pixel first, one number or one for each channel.

@@ -61,8 +61,7 @@ def bronet(
         conv: the convolutions of the backbone: a family's name, or a class with nn.Conv2d's signature.
         rank_ratio: of BRO's convolutions, in (0, 1]; None for BRO's default and for every other family.
         dense_rank_ratio: likewise, of BRO's square dense layers, in (0, 1]; with it, dense layers and patches whose
-            output is
-            smaller than their input have the rank of the output, as on Tiny-ImageNet.
+            output is smaller than their input have the rank of the output, as on Tiny-ImageNet.
         stem: the first convolution, 5 × 5 with stride 2: a family's name, a class with nn.Conv2d's signature, or "free"
             for one that is not constrained, whose norm the loss is given.
         patch: the convolution of stride 4 after the backbone: a family's name, or a class with nn.Conv2d's signature;
@@ -78,8 +77,8 @@ def bronet(
             × 5 with stride 2.
         centering: whether the means are subtracted "before" each layer or "after" it, as in the public code; before it,
             they are those of its output up to the border.
-        activation: the activation after each layer: "maxmin", "groupsort", "fullsort", "abs", "beta_abs", "relu",
-            "tanh" or "identity", or a class or function that makes one.
+        activation: the activation after each layer: "maxmin", "maxmin_neighbours", "groupsort", "fullsort", "abs",
+            "beta_abs", "relu", "tanh" or "identity", or a class or function that makes one.
         head: the last layer: "normalized", "linear", "truncated", or a family's name.
         mean: subtracted from each pixel first, one number or one for each channel.
 

@@ -48,8 +48,8 @@ def convnet(
             6 for Tiny-ImageNet.
         convs_per_block: number of convolutions in each block.
         kernel_size: size of their kernels in pixels, odd.
-        activation: the activation after each layer: "maxmin", "groupsort", "fullsort", "abs", "beta_abs", "relu",
-            "tanh" or "identity", or a class or function that makes one.
+        activation: the activation after each layer: "maxmin", "maxmin_neighbours", "groupsort", "fullsort", "abs",
+            "beta_abs", "relu", "tanh" or "identity", or a class or function that makes one.
         head: the last layer: "truncated" (the first outputs of the last convolution are the logits, as in the paper),
             "normalized", "linear", or a family's name.
         mean: subtracted from each pixel first, one number or one for each channel.

@@ -57,9 +57,8 @@ def lbdn(
         head: the last layer: "normalized", "linear", "truncated", or a family's name.
         mean: subtracted from each pixel first, one number or one for each channel.
         padding_mode: of the convolutions, "zeros" or "circular".
-        strided_kernel: odd, of the blocks of stride 2; it acts as one of half the size, rounded up, on the pixel-
-            unshuffled
-            image: 3 as 2 × 2, 1 as 1 × 1.
+        strided_kernel: odd, of the blocks of stride 2; it acts as one of half the size, rounded up, on the
+            pixel-unshuffled image: 3 as 2 × 2, 1 as 1 × 1.
         output_bias: whether the sandwich blocks add a bias to their output; the paper's code has none.
 
     Raises:

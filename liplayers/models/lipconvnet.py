@@ -54,8 +54,8 @@ def lipconvnet(
         stages: number of stages, each of which halves the image; ⌈height/2^stages⌉ must stay at least 1.
         convs_per_stage: number of convolutions of stride 1 before that of stride 2; may be 0.
         kernel_size: size of the kernels in pixels.
-        activation: the activation after each layer: "maxmin", "groupsort", "fullsort", "abs", "beta_abs", "relu",
-            "tanh" or "identity", or a class or function that makes one.
+        activation: the activation after each layer: "maxmin", "maxmin_neighbours", "groupsort", "fullsort", "abs",
+            "beta_abs", "relu", "tanh" or "identity", or a class or function that makes one.
         dense: number of dense layers before the head.
         width: size of each dense layer.
         head: the last layer: "normalized", "linear", "truncated", or a family's name.

@@ -70,8 +70,9 @@ def liresnet(
             × 5 with stride 2.
         centering: whether the means are subtracted "before" each layer or "after" it, as in the public code; before it,
             they are those of its output up to the border.
-        activation: the activation after each layer, and after each block that has none inside: "maxmin", "groupsort",
-            "fullsort", "abs", "beta_abs", "relu", "tanh" or "identity", or a class or function that makes one.
+        activation: the activation after each layer, and after each block that has none inside: "maxmin",
+            "maxmin_neighbours", "groupsort", "fullsort", "abs", "beta_abs", "relu", "tanh" or "identity", or a class or
+            function that makes one.
         head: the last layer: "normalized", "linear", "truncated", or a family's name.
         mean: subtracted from each pixel first, one number or one for each channel.
 

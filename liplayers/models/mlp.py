@@ -33,8 +33,8 @@ def mlp(
         linear: the dense layers: a family's name, or a class with nn.Linear's signature.
         width: size of each dense layer.
         depth: number of dense layers before the head.
-        activation: the activation after each layer: "maxmin", "groupsort", "fullsort", "abs", "beta_abs", "relu",
-            "tanh" or "identity", or a class or function that makes one.
+        activation: the activation after each layer: "maxmin", "maxmin_neighbours", "groupsort", "fullsort", "abs",
+            "beta_abs", "relu", "tanh" or "identity", or a class or function that makes one.
         head: the last layer: "normalized", "linear", "truncated", or a family's name.
         mean: subtracted from each pixel or feature first, one number or one for each channel or feature; None for
             nothing, as for standardised features.

@@ -90,8 +90,8 @@ class BatchCentering(LipschitzModule):
     Args:
         channels: C.
         momentum: the weight of the newest batch, in [0, 1].
-        device: of the buffer `running_mean`.
-        dtype: of the buffer `running_mean`.
+        device: of the buffer `running_mean` and of b.
+        dtype: of the buffer `running_mean` and of b.
         bias: whether b is there.
 
     Shape:
