@@ -306,7 +306,7 @@ def test_small_convolutions_are_enclosed_in_exact_arithmetic():
             assert exceeds_norm(upper, conv_matrix(weight, (1, 5), padding=(0, (weight.shape[-1] - 1) // 2)))
 
 
-@pytest.mark.parametrize("kernel", [(1, 2), (2, 2), (3, 3)])
+@pytest.mark.parametrize("kernel", [(1, 1), (1, 2), (2, 2), (3, 3)])
 @pytest.mark.parametrize("centre", [0.0, 100.0])
 def test_every_grid_gives_a_bound(kernel: tuple[int, int], centre: float):
     weight = randn(3, 2, *kernel)

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from liplayers.linalg import upward
 
-__all__ = ["CHUNK", "Grid", "fast_size", "fourier_multiply", "isometric_dft", "isometric_dft_error", "transfer_matrix"]
+__all__ = [
+    "CHUNK",
+    "Grid",
+    "exponentials",
+    "fast_size",
+    "fourier_multiply",
+    "isometric_dft",
+    "isometric_dft_error",
+    "transfer_matrix",
+]
 
 CHUNK = 16  # images transformed at a time on the CPU: their spectra are transposed while they are in its cache
 
@@ -39,12 +48,21 @@ def fast_size(size: int) -> int:
         size += 1
 
 
-def _dft(taps: int, frequencies: int, size: int, like: Tensor) -> Tensor:
-    """exp(−2πi·f·(t − centre)/size) as (frequencies, taps)."""
-    t = torch.arange(taps, device=like.device) - (taps - 1) // 2
-    f = torch.arange(frequencies, device=like.device)
+def exponentials(frequencies: Tensor, taps: int, size: int, dtype: torch.dtype) -> Tensor:
+    """exp(−2πi·f·(t − centre)/size) for the taps t of a kernel, (frequencies, taps).
+
+    Args:
+        frequencies: (n,), integers.
+        taps: how many.
+        size: of the torus.
+        dtype: of the angles, real.
+
+    >>> exponentials(torch.tensor([2]), 3, 4, torch.float64).real.round()
+    tensor([[-1.,  1., -1.]], dtype=torch.float64)
+    """
+    t = torch.arange(taps, device=frequencies.device) - (taps - 1) // 2
     # the product is reduced modulo the size while it is an exact integer: no error grows with f·t
-    angle = (f[:, None] * t[None, :] % size).to(like.dtype) * (-2 * math.pi / size)
+    angle = (frequencies[:, None] * t[None, :] % size).to(dtype) * (-2 * math.pi / size)
     return torch.polar(torch.ones_like(angle), angle)
 
 
@@ -101,8 +119,8 @@ def transfer_matrix(kernel: Tensor, size: Grid) -> Tensor:
     torch.Size([4, 3, 1, 1])
     """
     out, channels, kh, kw = kernel.shape[-4:]
-    rows = _dft(kh, size[0], size[0], kernel)
-    columns = _dft(kw, size[1] // 2 + 1, size[1], kernel)
+    rows = exponentials(torch.arange(size[0], device=kernel.device), kh, size[0], kernel.dtype)
+    columns = exponentials(torch.arange(size[1] // 2 + 1, device=kernel.device), kw, size[1], kernel.dtype)
     basis = (rows[:, None, :, None] * columns[None, :, None, :]).flatten(2).flatten(0, 1)  # (H·K, kh·kw)
     taps = rearrange(kernel, "... o i a b -> ... (a b) (o i)").to(basis.dtype)
     return (basis @ taps).unflatten(-1, (out, channels)).unflatten(-3, (size[0], -1))

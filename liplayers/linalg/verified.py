@@ -42,7 +42,7 @@ from torch import Tensor
 from liplayers.errors import ArgumentError, NonFiniteError, ShapeError
 from liplayers.linalg import upward
 from liplayers.linalg.convolution import autocorrelation, grid_slack, polyphase
-from liplayers.linalg.fourier import Grid
+from liplayers.linalg.fourier import Grid, exponentials
 from liplayers.linalg.norms import frobenius_norm
 
 __all__ = [
@@ -338,7 +338,8 @@ class _Symbol:
             yield _hermitian(self.real[..., 0, 0])
             return
         for part in points.split(max(1, _CHUNK // math.prod(self.shape))):
-            basis = [_exponentials(p, n, N) for p, n, N in zip(part.unbind(1), self.taps, lattice, strict=True)]
+            axes = zip(part.unbind(1), self.taps, lattice, strict=True)
+            basis = [exponentials(index, taps, size, torch.float64) for index, taps, size in axes]
             symbol = (basis[0][:, :, None] * basis[1][:, None, :]).flatten(1) @ self.matrices
             yield _hermitian(symbol.unflatten(1, self.shape).flatten(0, 1))
 
@@ -368,13 +369,6 @@ def _hermitian(G: Tensor) -> Tensor:
     return below + below.mH + torch.diag_embed(G.diagonal(dim1=-2, dim2=-1).real).to(G.dtype)
 
 
-def _exponentials(index: Tensor, taps: int, size: int) -> Tensor:
-    """exp(−2πi·f·(t − centre)/size) for frequencies f, (n, taps); angles are reduced while they are integers."""
-    t = torch.arange(taps) - (taps - 1) // 2
-    angle = (index[:, None] * t % size).double() * (-2 * math.pi / size)
-    return torch.polar(torch.ones_like(angle), angle)
-
-
 def _symbol_bounds(lags: Tensor, size: float, rounding: float, grid: Grid) -> tuple[float, float, Grid]:
     """Lower and upper bound of ‖K‖² from the eigenvalues of the symbol of the lags, and the finest lattice used.
 
@@ -382,6 +376,8 @@ def _symbol_bounds(lags: Tensor, size: float, rounding: float, grid: Grid) -> tu
     """
     symbol = _Symbol(lags, size, rounding)
     taps = tuple((n + 1) // 2 for n in symbol.taps)
+    if taps == (1, 1):
+        grid = (1, 1)  # the symbol does not depend on the frequency
     # of a real kernel −ω has the conjugate of ω
     points = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1] // 2 + 1))
     low = high = 0.0
