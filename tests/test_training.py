@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -443,6 +444,26 @@ def classifier(model: torch.nn.Module, loss: torch.nn.Module, input_shape: tuple
     )
     module.log = lambda *args, **kwargs: None
     return module
+
+
+FREES_128_MB = """
+import torch
+from liplayers.training import keep_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+assert keep_freed_memory()
+x = torch.ones(2**25)
+held = resident()
+del x
+assert resident() > held - 2**20, (held, resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory as it likes")
+def test_freed_memory_stays():
+    subprocess.run([sys.executable, "-c", FREES_128_MB], check=True)  # a process of its own: it lasts
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -41,6 +41,7 @@ from liplayers.training import (
     WeightEMA,
     WholeFileCheckpointIO,
     check_training_state,
+    keep_freed_memory,
 )
 from liplayers.training.module import certified_name
 
@@ -64,6 +65,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     select, eps = _training_radii(cfg)
     _check_settings(cfg, output)
     _quieten()
+    keep_freed_memory()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
 
     data = _data(cfg)

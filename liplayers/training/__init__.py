@@ -15,6 +15,7 @@ with extra("train"):
     from liplayers.training.lookahead import Lookahead as Lookahead
     from liplayers.training.manifold import ManifoldAdamW as ManifoldAdamW
     from liplayers.training.manifold import ManifoldMuon as ManifoldMuon
+    from liplayers.training.memory import keep_freed_memory as keep_freed_memory
     from liplayers.training.module import CertifiedClassifier as CertifiedClassifier
     from liplayers.training.resuming import MovedRun as MovedRun
     from liplayers.training.resuming import check_training_state as check_training_state
