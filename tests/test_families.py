@@ -211,6 +211,8 @@ def test_the_estimate_is_differentiable_for_each_group():
     assert torch.autograd.gradcheck(symbol_norm_estimate, (kernel,))
     alone = torch.cat([symbol_norm_estimate(k[None]) for k in kernel])
     torch.testing.assert_close(symbol_norm_estimate(kernel), alone)
+    for scale in (1e-30, 1e30):  # whose squares are no floats
+        torch.testing.assert_close(symbol_norm_estimate(scale * kernel.float()), scale * alone.float())
 
 
 def test_rescaled_layers_have_norm_one_nearly():

@@ -85,7 +85,7 @@ class BjorckConv2d(RKOConv2d):
     `RKOConv2d` with `newton_schulz` in place of Cholesky: the kernel matrix is the nearest orthogonal one to the raw
     matrix. Orthogonal where kernel_size = stride (patches); elsewhere its norm is about 1, and `lipschitz_bound()`
     proves what it is. Every stride, dilation and group count. Signal gain at initialisation is 1 (one orthogonal tap).
-    Cost: 2 products of the kernel matrix an iteration, power iteration at 4(k − 1) × 4(k − 1) frequencies.
+    Cost: 2 products of the kernel matrix an iteration, Chebyshev iteration at 4(k − 1) × 4(k − 1) frequencies.
 
     Args:
         in_channels: channels of the image.

@@ -95,7 +95,7 @@ class CPLConv2dBlock(Conv2dBlock):
 
     It would be 1-Lipschitz for ‖K‖ itself. `lipschitz_bound()` is proven for the kernels that run, about 1, for zero
     and circular padding and every image size. Signal gain at initialisation is 1, down to 0.8 for sixteen times as many
-    hidden units as inputs. Cost: power iteration on the symbol at 4(k − 1) × 4(k − 1) frequencies.
+    hidden units as inputs. Cost: Chebyshev iteration on the symbol at 4(k − 1) × 4(k − 1) frequencies.
 
     Args:
         channels: channels of input and output.

@@ -27,7 +27,7 @@ class FreeConv2d(KernelConv2d):
     Not 1-Lipschitz: `lipschitz_bound()` is a proven bound of the norm that it has, for every image size, and
     `lipschitz_estimate()` the norm from below within 2 %, differentiable, for losses that are given the network's
     constant. Every stride, dilation and group count. Signal gain at initialisation is 1 (one orthogonal tap). Cost:
-    that of nn.Conv2d; an estimate takes power iteration at 4(k − 1) × 4(k − 1) frequencies.
+    that of nn.Conv2d; an estimate takes Chebyshev iteration at 4(k − 1) × 4(k − 1) frequencies.
 
     Args:
         in_channels: channels of the image.

@@ -71,8 +71,8 @@ class LiResNetConv2dBlock(RescaledConv2d):
 
     δ is the identity tap; an activation follows. It would be a contraction for ‖δ + K‖ itself;
     estimate and proven bound are `RescaledConv2d`'s, for every image size, zero and circular padding. Signal gain at
-    initialisation is about 1/(1 + 2·0.1). Cost: power iteration at 4(k − 1) × 4(k − 1) frequencies; it runs one plain
-    convolution.
+    initialisation is about 1/(1 + 2·0.1). Cost: Chebyshev iteration at 4(k − 1) × 4(k − 1) frequencies; it runs one
+    plain convolution.
 
     Args:
         channels: channels of input and output.

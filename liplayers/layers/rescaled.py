@@ -79,8 +79,8 @@ class RescaledConv2d(KernelConv2d):
     The estimate is `symbol_norm_estimate`, up to 2 % below the norm; with stride, that of the polyphase kernel. It
     proves nothing: `lipschitz_bound()` is the proven norm of the quotient, about 1, for zero padding of any width,
     minimal circular padding, every image size, stride, dilation and group count. Training takes 1. Signal gain at
-    initialisation is 1 (one orthogonal tap). Cost: power iteration at 4(k − 1) × 4(k − 1) frequencies; the bound takes
-    seconds at 64 channels and minutes at 512.
+    initialisation is 1 (one orthogonal tap). Cost: Chebyshev iteration at 4(k − 1) × 4(k − 1) frequencies; the bound
+    takes seconds at 64 channels and minutes at 512.
 
     Args:
         in_channels: channels of the image.

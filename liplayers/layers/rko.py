@@ -29,7 +29,7 @@ class RKOConv2d(KernelConv2d):
     The kernel as an out × (in·kh·kw) matrix is orthogonalised, then divided by `symbol_norm_estimate` of its polyphase
     form. Where kernel_size = stride (patches) it is orthogonal and 1-Lipschitz; elsewhere its norm is about 1, and
     `lipschitz_bound()` proves what it is. Every stride, dilation and group count. Signal gain at initialisation is 1
-    (one orthogonal tap). Cost: a Cholesky factorisation of the kernel matrix, power iteration at
+    (one orthogonal tap). Cost: a Cholesky factorisation of the kernel matrix, Chebyshev iteration at
     4(k − 1) × 4(k − 1) frequencies.
 
     Args:

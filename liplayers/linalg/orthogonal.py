@@ -115,7 +115,7 @@ def _newton_schulz_scales(iterations: int) -> tuple[float, ...]:
 
 
 class _NewtonSchulz(torch.autograd.Function):
-    """W ← aW − bWG, G = WᴴW, for a tall W. The adjoint of a step is D ↦ aD − b(DG + W(WᴴD + DᴴW)).
+    """W ← WT, T = aI − bWᴴW, for a tall W. The adjoint of a step is D ↦ DT − bW(WᴴD + DᴴW).
 
     The scale that W starts with is taken as a constant: on what has converged it has no effect.
     """
@@ -132,8 +132,10 @@ class _NewtonSchulz(torch.autograd.Function):
             G = W.mH @ W
             if step >= _FIRST and _converged(G):
                 break
-            saved += [W, G]
-            W = (1.5 * alpha) * W - (0.5 * alpha**3) * (W @ G)
+            T = (-0.5 * alpha**3) * G
+            T.diagonal(dim1=-2, dim2=-1).add_(1.5 * alpha)
+            saved += [W, T]
+            W = W @ T
         return W, norm, *saved
 
     @staticmethod
@@ -147,9 +149,9 @@ class _NewtonSchulz(torch.autograd.Function):
         P, norm, *saved = ctx.saved_tensors
         D = gradient
         steps = list(zip(saved[::2], saved[1::2], _newton_schulz_scales(ctx.iterations), strict=False))
-        for W, G, alpha in reversed(steps):
+        for W, T, alpha in reversed(steps):
             S = W.mH @ D
-            D = (1.5 * alpha) * D - (0.5 * alpha**3) * (D @ G + W @ (S + S.mH))
+            D = D @ T - W @ ((0.5 * alpha**3) * (S + S.mH))
         return differentiable_once(D / norm, P, gradient), None
 
 
