@@ -23,9 +23,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from inspect import signature
 from itertools import count, product
 from pathlib import Path
@@ -36,29 +35,25 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 import liplayers
 from benchmarks.report import FOLDER
-from benchmarks.timing import machine, peak_memory
+from benchmarks.runs import Images, Result, Results, Tick, certified, generated_images, progress
+from benchmarks.timing import peak_memory
 from benchmarks.uci.train import shuffled_batches
 from liplayers import FAMILIES, MaxMin, Normalize, NormalizedLinear, PadChannels, Patchify2d, get_layer
-from liplayers.certification import Certificates, CertifiedNetwork, certify, parse_radius
-from liplayers.certification.report import figure_writer, json_writer, text_writer, write_outputs
+from liplayers.certification import parse_radius
+from liplayers.certification.report import figure_writer, text_writer, write_outputs
 from liplayers.core.checks import check_positive
-from liplayers.data import DataModule, ImageFolder, Split
-from liplayers.errors import ArgumentError, DataError, LipschitzError, NonFiniteError, UnknownNameError
+from liplayers.data import DataModule, ImageFolder
+from liplayers.errors import ArgumentError, LipschitzError, NonFiniteError, UnknownNameError
 from liplayers.losses import OffsetCrossEntropy
 from liplayers.training import ManifoldAdamW, warmup_cosine
-
-Result = dict[str, Any]
-Tick = Callable[[], object]
 
 RADII = range(0, 145, 4)  # /255, of the curve
 SHOWN = (36, 72, 108)  # /255, of the table; the mean over them chooses the learning rate
 STAGES = 2
-EVALUATION_BATCH = 1000
 FARTHEST = 3  # steps of √10 from the first learning rate
 
 
@@ -101,39 +96,10 @@ class Recipe:
         return json.loads(json.dumps(asdict(self) | {"liplayers": liplayers.__version__}))
 
 
-@dataclass(frozen=True)
-class Images:
-    """The splits, in memory, with what names them."""
-
-    name: str
-    train: Split
-    val: Split
-    test: Split
-    num_classes: int
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self.train.input_shape
-
-    def record(self) -> dict[str, Any]:
-        sizes = {which: len(getattr(self, which)) for which in ("train", "val", "test")}
-        return {"name": self.name, **sizes, "test_sha256": self.test.fingerprint()}
-
-
 def read_images(root: Path, image_size: int) -> Images:
     """The images of a folder, a tenth of the training images set apart for validation."""
     data = DataModule(ImageFolder(root, image_size))
     return Images(data.name, data.split("train"), data.split("val"), data.split("test"), data.num_classes)
-
-
-def generated_images(image_size: int) -> Images:
-    """Noise with labels, a few images for each split."""
-    generator = torch.Generator().manual_seed(0)
-
-    def split() -> Split:
-        return Split(torch.rand(12, 3, image_size, image_size, generator=generator), torch.arange(12) % 3)
-
-    return Images("noise", split(), split(), split(), 3)
 
 
 # The networks ---------------------------------------------------------------------------------------------------------
@@ -222,12 +188,6 @@ class Training:
         return seconds
 
 
-def certified(network: nn.Module, images: Images, rows: Split, mode: str) -> Certificates:
-    """Of all samples of a split."""
-    batches = (rows[part] for part in torch.arange(len(rows)).split(EVALUATION_BATCH))
-    return certify(CertifiedNetwork(network, images.input_shape, images.num_classes, mode=mode), batches)
-
-
 def validation_score(method: Method, images: Images, recipe: Recipe, rate: float, tick: Tick) -> float:
     """The mean certified accuracy on validation rows after a short training, from float32; 0 where it diverged."""
     try:
@@ -293,8 +253,8 @@ def train_and_certify(method: Method, images: Images, recipe: Recipe, rate: floa
 # The run --------------------------------------------------------------------------------------------------------------
 
 
-class Runs:
-    """Result files in a folder, each made once: what was interrupted goes on.
+class Runs(Results):
+    """The results of a recipe, in a folder.
 
     Args:
         folder: where they are.
@@ -303,25 +263,8 @@ class Runs:
     """
 
     def __init__(self, folder: Path, recipe: Recipe, load: Callable[[], Images]) -> None:
-        self.folder, self.recipe = folder, recipe
-        self.load = cache(load)
-        write_outputs(folder, {})  # fails now rather than after the first training if the folder cannot be written
-
-    def result(self, name: str, make: Callable[[Images], Result]) -> Result:
-        """From the file of that name; made and written first where there is none."""
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            images = self.load()
-            shared = {"recipe": self.recipe.record(), "data": images.record(), "machine": machine(torch.device("cpu"))}
-            write_outputs(self.folder, {path.name: json_writer(shared | make(images))})
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            recipe, _ = found["recipe"], found["data"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise DataError(f"{path}: not a result of this benchmark; delete it") from None
-        if recipe != self.recipe.record():
-            raise DataError(f"{path}: of another recipe, {recipe}; give another --output, or delete it")
-        return found
+        super().__init__(folder, load)
+        self.recipe = recipe
 
     def rows(self, methods: Sequence[Method], seeds: int, console: Console | None) -> list[Result]:
         """The results of every method and seed, those of seed 0 first.
@@ -329,36 +272,18 @@ class Runs:
         Raises:
             DataError: a file that is no result, or results of another recipe or of different data.
         """
-        recipe, rows = self.recipe, []
-        with _progress(console, len(methods) * seeds) as named:
+        recipe, record = self.recipe, self.recipe.record()
+        rows: list[Result] = []
+        with progress(console, len(methods) * seeds) as named:
             for seed, method in product(range(seeds), methods):
                 tick = named(f"{method.name}, seed {seed}")
                 name = f"{method.family}.{method.role}"
                 search = partial(try_rates, method, recipe=recipe, tick=tick)
-                rate = self.result(f"{name}.rates", search)["rate"]
+                rate = self.result(f"{name}.rates", record, search)["rate"]
                 training = partial(train_and_certify, method, recipe=recipe, rate=rate, seed=seed, tick=tick)
-                rows.append({"layer": method.name, "seed": seed} | self.result(f"{name}.{seed}", training))
-        for row in rows:
-            if row["data"] != rows[0]["data"]:
-                raise DataError(f"{self.folder}: {row['layer']} and {rows[0]['layer']} saw different data; delete one")
+                rows.append({"layer": method.name, "seed": seed} | self.result(f"{name}.{seed}", record, training))
+        self.check_same_data(rows, "layer")
         return rows
-
-
-@contextmanager
-def _progress(console: Console | None, total: int) -> Iterator[Callable[[str], Tick]]:
-    """The bar counts networks; a tick, one for each step, keeps it moving."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[steps]}"))
-    bar = Progress(*columns, TimeElapsedColumn(), console=console, disable=console is None, transient=True)
-    with bar as progress:
-        task = progress.add_task("", total=total, steps="")
-        names = count()
-
-        def named(name: str) -> Tick:
-            steps = count(1)
-            progress.update(task, description=name, completed=next(names))
-            return lambda: progress.update(task, steps=f"step {next(steps)}")
-
-        yield named
 
 
 # The report -----------------------------------------------------------------------------------------------------------

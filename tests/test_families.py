@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import liplayers as lip
+from liplayers.layers import soc
 from liplayers.layers.bcop import compose_projector
 from liplayers.linalg.convolution import grid_slack, polyphase, symbol_norm_estimate
 from liplayers.linalg.orthogonal import projector
@@ -80,9 +81,9 @@ def test_bro_reflects_the_span_of_the_circulant(size: tuple[int, int]):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
 def test_soc_is_the_exponential_of_a_skew_convolution(size: tuple[int, int], mode: str):
-    layer = circular(lip.SOCConv2d, terms=9)
+    layer = circular(lip.SOCConv2d, terms=12)
     if mode == "zeros":
-        zeros = lip.SOCConv2d(3, 3, 3, padding=1, terms=9, dtype=F64)
+        zeros = lip.SOCConv2d(3, 3, 3, padding=1, terms=12, dtype=F64)
         zeros.load_state_dict(layer.state_dict())
         layer = zeros
     kernel = layer.skew_kernel(layer.raw.detach())
@@ -100,6 +101,56 @@ def test_soc_is_orthogonal_with_zero_padding(arguments: dict):
         layer = lip.SOCConv2d(inputs, outputs, 3, dtype=F64, **arguments)
         values = singular_values(layer, (inputs, 4, 6))
         assert (values - 1).abs().max() < 1e-6
+
+
+def long_soc(channels: int, mode: str = "zeros", dtype: torch.dtype = F64) -> lip.SOCConv2d:
+    """With a kernel of norm above 1.4, which is shortened."""
+    torch.manual_seed(0)
+    layer = lip.SOCConv2d(channels, channels, 3, padding=1, padding_mode=mode, dtype=dtype)
+    nn.init.normal_(layer.raw, std=3 / math.sqrt(channels))
+    return layer
+
+
+@pytest.mark.parametrize("channels", [2, 16, 48])
+def test_soc_turns_as_far_at_every_width(channels: int):
+    layer = long_soc(channels, dtype=torch.float32)
+    kernel = layer.effective().detach().double().numpy()
+    symbol = np.fft.fft2(kernel, (32, 32)).transpose(2, 3, 0, 1)
+    assert 1.37 < np.linalg.norm(symbol, 2, axis=(-2, -1)).max() <= 1.43
+    assert 1 - 1e-6 < layer.lipschitz_bound() <= 1
+    assert layer.lipschitz_estimate() == 1
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 5)])
+def test_the_eigenvalues_of_soc_are_on_the_unit_circle_and_far_around_it(size: tuple[int, int]):
+    values = np.linalg.eigvals(matrix_of(long_soc(3, "circular"), (3, *size)))
+    assert np.abs(np.abs(values) - 1).max() < 1e-6
+    assert 1.2 < np.abs(np.angle(values)).max() < 1.4301
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_the_bound_of_soc_holds_where_the_norm_of_its_kernel_is_underestimated(mode: str, monkeypatch):
+    monkeypatch.setattr(soc, "symbol_norm_estimate", lambda kernel: 0.2 * symbol_norm_estimate(kernel))
+    layer = long_soc(2, mode)
+    norm = singular_values(layer, (2, 12, 12)).max().item()
+    assert norm > 2
+    assert norm <= layer.lipschitz_bound() < 1.3 * norm
+    assert norm * (1 - 1e-6) <= lip.lipschitz_bound(lip.freeze(layer, (2, 12, 12))) < 1.3 * norm
+
+
+def test_the_bound_of_soc_with_numbers_that_are_not_finite_is_infinite():
+    layer = long_soc(2)
+    with torch.no_grad():
+        layer.raw[0, 1, 0, 0] = math.nan
+    assert layer.lipschitz_bound() == math.inf
+
+
+@pytest.mark.parametrize("std", [0.1, 1.0])
+def test_gradients_of_soc_on_both_sides_of_its_longest_kernel(std: float):
+    layer = lip.SOCConv2d(2, 2, (3, 2), dtype=F64)
+    raw = std * torch.randn(2, 2, 3, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
+    assert (layer.map_weight(raw).norm() < layer.map_weight(2 * raw).norm() * 0.99) == (std < 1)
+    assert torch.autograd.gradcheck(layer.map_weight, raw.requires_grad_())
 
 
 def test_cholesky_is_gram_schmidt_at_each_frequency():

@@ -213,6 +213,20 @@ def test_skew_exponential_polynomials_are_proven_contractions(degree: int):
     assert 0.999 < skew_polynomial_bound(skew_exponential_coefficients(degree)) <= 1
 
 
+@pytest.mark.parametrize(
+    ("degree", "length", "angle"), [(5, 6e-5, 5e-3), (6, 9e-7, 3e-4), (7, 6e-7, 5e-5), (9, 4e-9, 3e-7)]
+)
+@pytest.mark.parametrize("reach", [0.7, 1.43])
+def test_a_weight_brings_the_polynomial_nearer_to_the_unit_circle(degree, length, angle, reach: float):
+    coefficients = skew_exponential_coefficients(degree, reach, 200.0)
+    assert 1 - length < skew_polynomial_bound(coefficients, reach) <= 1
+    theta = np.linspace(-reach, reach, 2001)
+    values = np.polynomial.polynomial.polyval(1j * theta, coefficients)
+    assert 1 - length < np.abs(values).min()
+    assert np.abs(values).max() <= 1
+    assert np.abs(np.angle(values * np.exp(-1j * theta))).max() < angle
+
+
 def random_coefficients(seed: int, degree: int) -> tuple[float, ...]:
     generator = np.random.default_rng(seed)
     return tuple((generator.standard_normal(degree + 1) * 10.0 ** generator.integers(-9, 9, degree + 1)).tolist())

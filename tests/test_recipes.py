@@ -1,7 +1,12 @@
-"""The experiments: each composes, has the published size, and trains at reduced size on generated images."""
+"""The experiments: each composes, has the published size and a stated start, and trains at reduced size."""
 
+import json
 import math
+import statistics
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
@@ -10,13 +15,19 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import liplayers as lp
+from benchmarks import recipes
+from benchmarks.recipes import RADII, RECIPES, Extent, composed, main
 from liplayers import cli
 from liplayers.bounds.composition import head_splitter
 from liplayers.checkpoint import load_checkpoint
 from liplayers.cli.configuration import build
+from liplayers.core.weights import ParametrizedModule
+from liplayers.data import Split
+from liplayers.errors import ArgumentError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
@@ -265,3 +276,149 @@ def test_the_speedrun_ends_at_its_time_limit(tmp_path: Path):
     trainer = build(cfg.trainer, accelerator="cpu", default_root_dir=str(tmp_path), logger=False)
     (timer,) = (callback for callback in trainer.callbacks if isinstance(callback, Timer))
     assert timer.time_remaining() == 25 * 60
+
+
+# What a recipe starts as ----------------------------------------------------------------------------------------------
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Figures of a new network at the size of `benchmarks.recipes`; ranges hold what seeds differ by.
+
+    Args:
+        parameters: how many.
+        kernels: at most so many operations of ATen, views apart, in a forward and backward pass.
+        gradient: ‖∇y_0‖ with respect to the input, the mean over uniform images.
+        conv, dense: ‖Wu − u‖/‖u‖ for a Gaussian u, the median over the layers that keep the shape of images or
+            vectors: √2 for a random orthogonal W, 0 for the identity.
+    """
+
+    parameters: int
+    kernels: int
+    gradient: Range
+    conv: Range | None
+    dense: Range | None
+
+
+STARTS = {
+    "bronet": Start(302_890, 1100, (0.5, 0.63), (1.36, 1.45), (1.34, 1.5)),
+    "liresnet": Start(321_322, 640, (0.55, 0.65), (0.09, 0.105), (1.33, 1.5)),
+    "soc": Start(455_978, 5000, (0.34, 0.42), (0.32, 0.35), None),
+    "aol": Start(564_928, 560, (0.999, 1.001), (0.0, 1e-6), (0.0, 1e-6)),
+    "convnet": Start(262_144, 640, (0.2, 0.65), (0.0, 1e-6), None),
+    "sll": Start(2_125_490, 880, (0.25, 0.36), (0.53, 0.59), (0.66, 0.8)),
+    "lbdn": Start(1_388_266, 1500, (0.015, 0.035), None, (1.13, 1.32)),
+}
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations that are no views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        aliases = [result.alias_info for result in func._schema.returns]
+        self.count += not any(alias is not None and not alias.is_write for alias in aliases)
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def small(name: str) -> DictConfig:
+    return composed(RECIPES[name], Extent(), 10, 0)
+
+
+def test_every_recipe_of_the_benchmark_has_a_stated_start():
+    assert STARTS.keys() == RECIPES.keys()
+
+
+@pytest.mark.parametrize(("name", "stated"), STARTS.items())
+def test_size_and_kernels_of_a_step(name: str, stated: Start):
+    model = on_meta(small(name))
+    with Kernels() as kernels, lp.cached():
+        model(torch.empty(2, 3, 32, 32, device="meta")).sum().backward()
+    assert sum(p.numel() for p in model.parameters()) == stated.parameters
+    assert 0.5 * stated.kernels < kernels.count <= stated.kernels  # far fewer: state it
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("name", "stated"), STARTS.items())
+def test_initial_figures(name: str, stated: Start, seed: int):
+    torch.manual_seed(seed)
+    model = build(small(name).model, input_shape=(3, 32, 32), num_classes=10)
+    layers = [module for module in model.modules() if isinstance(module, ParametrizedModule)]
+    shapes: dict[torch.nn.Module, tuple[torch.Size, torch.Size]] = {}
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, x, y: shapes.update({layer: (x[0].shape, y.shape)}))
+    images = torch.rand(4, 3, 32, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(images)[:, 0].sum(), images)
+    assert within(gradient.flatten(1).norm(dim=1).mean().item(), stated.gradient)
+    kept = [(layer, before) for layer, (before, after) in shapes.items() if before == after]
+    for dimensions, expected in ((4, stated.conv), (2, stated.dense)):
+        found = [distance(layer, shape) for layer, shape in kept if len(shape) == dimensions]
+        assert bool(found) == (expected is not None)
+        assert expected is None or within(statistics.median(found), expected)
+
+
+def within(value: float, stated: Range) -> bool:
+    return stated[0] <= value <= stated[1]
+
+
+@torch.no_grad()
+def distance(layer: torch.nn.Module, shape: torch.Size) -> float:
+    """‖f(u) − f(0) − u‖/‖u‖."""
+    u = torch.randn(shape)
+    return ((layer(u) - layer(torch.zeros(shape)) - u).norm() / u.norm()).item()
+
+
+# The benchmark --------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_training_is_certified_and_kept(tmp_path: Path, monkeypatch, capsys):
+    command = ["--quick", "--only", "aol", "--output", str(tmp_path)]
+    assert main(command) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / f"recipes_quick.{end}") for end in ("md", "json")]
+    (row,) = json.loads((tmp_path / "recipes_quick.json").read_text())["results"]
+    curve = [row["clean"], *row["certified"].values()]
+    assert curve == sorted(curve, reverse=True)
+    assert (row["name"], row["steps"], row["seed"], row["parameters"]) == ("aol", 2, 0, STARTS["aol"].parameters)
+    assert 0.9 < row["bound"] < 1.0001
+    assert f"| AOLNet | ours | 2 | {100 * row['clean']:.1f} |" in (tmp_path / "recipes_quick.md").read_text()
+    monkeypatch.setattr(recipes, "train", None)  # what is there is not trained again
+    assert main(command) == 0
+    (path,) = (tmp_path / "recipes_quick_runs").iterdir()
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 7'))
+    assert main(command) == 2
+    assert "of another recipe" in capsys.readouterr().err
+
+
+def test_the_authors_figures_stand_beside_ours():
+    figures = {"clean": 0.4, "certified": {str(radius): 0.3 for radius in RADII}, "bound": 1.0}
+    shared = {"data": {"name": "x", "train": 5, "test": 5}, "machine": {"cpu": "c", "threads": 1, "torch": "t"}}
+    rows = [
+        {"name": "liresnet", "steps": 90, "seed": seed, "parameters": 3, "seconds_per_step": 1.0} | figures | shared
+        for seed in (0, 1)
+    ]
+    rows[1]["clean"] = 0.42
+    table = recipes.markdown(rows).splitlines()
+    assert "| LiResNet | ours | 90 | 41.0 | 30.0 | 30.0 | 30.0 | 2.0 | 1.0000 | 3 | 1.00 |" in table
+    assert "| LiResNet | authors, constant divided out | 90 | 38.8 | 32.8 | 27.3 | 21.9 |  |  |  |  |" in table
+
+
+def test_the_first_images_of_each_class_are_taken():
+    split = Split(torch.arange(7)[:, None].float(), torch.tensor([1, 0, 1, 1, 0, 0, 0]))
+    assert recipes._first(split, 2).inputs.flatten().tolist() == [0, 1, 2, 4]
+
+
+def test_small_trainings_that_cannot_be_are_refused(tmp_path: Path, capsys):
+    with pytest.raises(ArgumentError, match="steps=15; expected a multiple of 10"):
+        composed(RECIPES["aol"], Extent(), 15, 0)
+    for arguments, message in (
+        (["--only", "aool", "--quick"], "did you mean aol"),
+        ([], "--root is missing"),
+        (["--root", str(tmp_path), "--seeds", "0"], "seeds=0"),
+        (["--root", str(tmp_path), "--steps", "0"], "steps=0"),
+    ):
+        assert main([*arguments, "--output", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err

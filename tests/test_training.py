@@ -841,7 +841,13 @@ def test_certify_wrong_image_size_names_both(ckpt, tmp_path):
         certify(f"ckpt={tmp_path}/x.ckpt")
 
 
-STOOD_FOR = [("rescaled", "0.1.0", True), ("aol", "0.1.0", False), ("rescaled", "0.2.0", False), ("rko", "x", True)]
+STOOD_FOR = [
+    ("rescaled", "0.1.0", True),
+    ("soc", "0.1.0", True),
+    ("aol", "0.1.0", False),
+    ("rescaled", "0.2.0", False),
+    ("rko", "x", True),
+]
 
 
 @pytest.mark.parametrize(("stem", "version", "refused"), STOOD_FOR)
@@ -849,7 +855,7 @@ def test_a_checkpoint_whose_parameters_stood_for_other_weights_is_refused(stem, 
     model = torch.nn.Sequential(get_layer(stem, "conv")(3, 4, 3), torch.nn.Flatten(), lp.NormalizedLinear(16, 2))
     checkpoint = Checkpoint(tmp_path, "", version, {}, (3, 4, 4), ("a", "b"), 0, 0, model.state_dict())
     if refused:
-        with pytest.raises(CheckpointError, match=rf"liplayers {version}, where 0 \(Rescaled|version='x'"):
+        with pytest.raises(CheckpointError, match=rf"liplayers {version}, where 0 \((Rescaled|SOC)|version='x'"):
             checkpoint.load_into(model)
     else:
         checkpoint.load_into(model)

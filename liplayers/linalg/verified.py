@@ -44,6 +44,7 @@ from liplayers.linalg import upward
 from liplayers.linalg.convolution import autocorrelation, grid_slack, polyphase
 from liplayers.linalg.fourier import Grid, exponentials
 from liplayers.linalg.norms import frobenius_norm
+from liplayers.linalg.orthogonal import skew_polynomial_bound
 
 __all__ = [
     "Enclosure",
@@ -54,6 +55,7 @@ __all__ = [
     "largest_norm_enclosure",
     "norm_enclosure",
     "product_gamma",
+    "skew_polynomial_conv_bound",
     "weighted_row_sum_norm",
 ]
 
@@ -206,6 +208,28 @@ def conv_norm_enclosure(
     kernel = polyphase(kernel, (sh, sw))
     height, width = (max(4 * (k - 1), grid or 8 * (k - 1), 1) for k in kernel.shape[-2:])
     return _enclosure(name, kernel, tolerance, (height, width))
+
+
+def skew_polynomial_conv_bound(coefficients: tuple[float, ...], kernel: Tensor) -> float:
+    """At least ‖p(L)‖ for p = Σ_j c_j Lʲ and the convolution L with a skew kernel, for images of every size.
+
+    With zero padding L is a compression of the convolution on the infinite grid, with circular padding it is block
+    diagonal in values of its symbol: it is skew and not longer. Where bounds that need no eigenvalues prove a
+    contraction they are enough.
+
+    Args:
+        coefficients: c_0, c_1, …
+        kernel: (n, n, kh, kw), skew: L_ij(t) = −L_ji(−t), of odd sides.
+
+    Raises:
+        NonFiniteError: the kernel contains NaN or infinity.
+
+    >>> bound = skew_polynomial_conv_bound((1.0, 1.0), torch.tensor([[[[-1.0, 0.0, 1.0]]]]))
+    >>> round(bound, 3)  # 1 + 2i·sin(ω)
+    2.236
+    """
+    bound = skew_polynomial_bound(coefficients, conv_norm_enclosure(kernel, tolerance=math.inf).upper)
+    return bound if bound <= 1 else skew_polynomial_bound(coefficients, conv_norm_enclosure(kernel).upper)
 
 
 def weighted_row_sum_norm(weight: Tensor, steps: int = 50) -> float:

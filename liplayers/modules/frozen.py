@@ -25,8 +25,13 @@ from liplayers.linalg.convolution import polynomial
 from liplayers.linalg.fourier import CHUNK, isometric_dft, isometric_dft_error
 from liplayers.linalg.lmi import ExplicitWeights, Sector, proven_lipschitz
 from liplayers.linalg.norms import frobenius_norm
-from liplayers.linalg.orthogonal import skew_polynomial_bound
-from liplayers.linalg.verified import conv_norm_enclosure, entry_norm, largest_norm_enclosure, weighted_row_sum_norm
+from liplayers.linalg.verified import (
+    conv_norm_enclosure,
+    entry_norm,
+    largest_norm_enclosure,
+    skew_polynomial_conv_bound,
+    weighted_row_sum_norm,
+)
 from liplayers.modules.activations import require_sector, require_slope_range, tied_channels
 
 __all__ = [
@@ -315,8 +320,7 @@ class FrozenPolynomialConv2d(_PlacedConv2d):
             raise UnknownBoundError("its kernel has even sides: its powers would not keep the image's size")
         if not torch.equal(L, -L.transpose(0, 1).flip(-2, -1)):
             raise UnknownBoundError("its kernel is not skew-symmetric")
-        norm = conv_norm_enclosure(L, tolerance=math.inf).upper
-        return skew_polynomial_bound(self.coefficients, norm)
+        return skew_polynomial_conv_bound(self.coefficients, L)
 
 
 class _FrozenBlock(LipschitzModule):
