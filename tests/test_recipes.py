@@ -150,6 +150,26 @@ def on_meta(cfg: DictConfig, size: int = 32, classes: int = 10) -> torch.nn.Modu
         return build(cfg.model, input_shape=(3, size, size), num_classes=classes)
 
 
+@pytest.mark.parametrize("experiment", ["bronet_cifar10", "liresnet_cifar10"])
+def test_recipes_start_near_the_identity(experiment: str):
+    """As measured on the authors' code, of 64 channels and 256 features: ‖V − I‖_F = 0.068 for BRO, ‖W − I‖ = 0.04."""
+    cfg = compose(f"experiment={experiment}", "model.channels=64", "model.width=256")
+    torch.manual_seed(0)
+    body = build(cfg.model, input_shape=(3, 32, 32), num_classes=10).body
+    backbone = [part for part in body if isinstance(part, (lp.BROConv2d, lp.FreeResidualConv2dBlock))]
+    first, *dense = [part for part in body if isinstance(part, lp.CholeskyLinear)]
+    assert ([part.residual_depth for part in backbone], first.residual_depth) == ([12] * 12, None)
+    assert [part.residual_depth for part in dense] == [8] * 8
+    columns = backbone[0].raw.shape[1]
+    for part in backbone:
+        branch = (part.gain * part.raw).norm().item() / 12**0.5
+        assert branch == pytest.approx({32: 0.068, 64: 0.096}[columns], rel=0.03)
+    for part in dense:
+        assert torch.linalg.matrix_norm(part.weight - torch.eye(256), 2).item() == pytest.approx(0.044, rel=0.1)
+    plain = build(cfg.model, start="family", input_shape=(3, 32, 32), num_classes=10)
+    assert not any(hasattr(part, "gain") and part.gain is not None for part in plain.body)
+
+
 @pytest.mark.parametrize(("experiment", "expected"), AUGMENTED.items())
 def test_recipes_augment_as_published(experiment: str, expected: list[tuple[str, dict]]):
     nodes = OmegaConf.to_container(compose(f"experiment={experiment}").data.augment, resolve=True)
