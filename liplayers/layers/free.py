@@ -89,9 +89,13 @@ class FreeConv2d(KernelConv2d):
         """The proven norm of the kernel that runs."""
         return self.proven_norm()
 
+    def map_norm(self, raw: Tensor) -> Tensor:
+        """The norm of the kernel from below within 2 %."""
+        return _estimate(self, raw)
+
     def lipschitz_estimate(self) -> Tensor:
         """Of the norm, differentiable."""
-        return estimate(self)
+        return self.mapped("map_norm")
 
 
 class FreeResidualConv2dBlock(LiResNetConv2dBlock):
@@ -142,13 +146,15 @@ class FreeResidualConv2dBlock(LiResNetConv2dBlock):
     def map_weight(self, raw: Tensor, gain: Tensor | None = None) -> Tensor:
         return near_identity(raw, gain, depth=self.residual_depth)
 
+    def map_norm(self, raw: Tensor, gain: Tensor | None = None) -> Tensor:
+        """The norm of δ + K from below within 2 %."""
+        return _estimate(self, self.map_weight(raw, gain))
+
     def lipschitz_estimate(self) -> Tensor:  # type: ignore[override]
         """Of the norm, differentiable."""
-        return estimate(self)
+        return self.mapped("map_norm")
 
 
-def estimate(conv: KernelConv2d) -> Tensor:
-    """The norm of the kernel that a convolution runs, from below within 2 %; differentiable."""
-    kernel = conv.effective().unflatten(0, (conv.groups, -1))
-    kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
-    return symbol_norm_estimate(polyphase(kernel, conv.stride, conv.dilation)).amax()
+def _estimate(conv: KernelConv2d, kernel: Tensor) -> Tensor:
+    groups = kernel.unflatten(0, (conv.groups, -1))
+    return symbol_norm_estimate(polyphase(groups, conv.stride, conv.dilation)).amax()
