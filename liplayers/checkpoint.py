@@ -75,6 +75,14 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
 
     @property
+    def model_config(self) -> dict[str, Any]:
+        """What rebuilds the model; settings that older versions did not have are as they were then."""
+        model = self.config["model"]
+        backbones = ("liplayers.models.bronet", "liplayers.models.liresnet")
+        older = self._release < (0, 2) and model.get("_target_") in backbones
+        return {"start": "family", **model} if older else model
+
+    @property
     def _release(self) -> tuple[int, ...]:
         try:
             return _release(self.version)

@@ -6,6 +6,8 @@ A family that is registered falls under all of it by itself. What is measured is
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,8 +18,10 @@ from torch import nn
 from liplayers import FAMILIES
 from liplayers.errors import LipschitzError
 from liplayers.testing import Check, Finding, checks
+from liplayers.testing.contract import contract_checks
 from liplayers.testing.measure import jacobian, lanczos_norm, operator_norm
-from liplayers.testing.subject import perturb
+from liplayers.testing.norms import norm_checks
+from liplayers.testing.subject import Subject, perturb
 
 REGISTERED = pytest.mark.parametrize(("family", "role"), EVERY, ids=["-".join(e) for e in EVERY])
 CHECKS = [(f"{name}-{check.__name__}", check) for name, family in FAMILIES.items() for check in checks(family)]
@@ -58,6 +62,37 @@ def test_lanczos_agrees_with_the_dense_jacobian_and_both_see_an_excess():
     matrix = jacobian(conv, torch.zeros(3, 17, 13, dtype=torch.float64))
     assert large == pytest.approx(torch.linalg.svdvals(matrix)[0].item(), rel=1e-5)
     assert small < large
+
+
+# The option of some families ------------------------------------------------------------------------------------------
+
+
+class Square(Subject):
+    """Its examples have as many outputs as inputs."""
+
+    def example(self, dtype: torch.dtype | None = None, **arguments: Any) -> tuple[Any, tuple[int, ...]]:
+        torch.manual_seed(0)
+        if self.role == "linear":
+            return self.make(5, 5, dtype=dtype, **arguments), (5,)
+        if self.role == "conv":
+            return self.make(4, 4, 3, padding=1, dtype=dtype, **arguments), (4, 5, 6)
+        return super().example(dtype, **arguments)
+
+
+def residual_checks() -> Iterator[tuple[str, Check]]:
+    for name, role in (("bro", "linear"), ("bro", "conv"), ("cholesky", "linear"), ("liresnet", "dense_block")):
+        subject = Square(partial(getattr(FAMILIES[name], role), residual_depth=3), role)
+        for found in (*contract_checks(subject), *norm_checks(subject)):
+            check = Check(subject, *found)
+            # of other sizes than the example's
+            other = ("representation", "gradcheck", "attributes of torch", "norm", "stride that does not divide")
+            if check.name not in other or (check.name == "gradcheck" and role == "dense_block"):
+                yield f"{name}-{check.__name__}", check
+
+
+@pytest.mark.parametrize("check", [pytest.param(check, id=name) for name, check in residual_checks()])
+def test_the_contract_near_the_identity(check: Check):
+    assert not check().refused
 
 
 # What only registered families promise -------------------------------------------------------------------------------

@@ -332,6 +332,97 @@ def test_liresnet_is_a_scaled_residual_convolution():
     torch.testing.assert_close(scale, scale.flatten()[0].expand_as(scale))
 
 
+# Near the identity ----------------------------------------------------------------------------------------------------
+
+
+def test_layers_with_a_residual_depth_start_as_the_publications_have_them():
+    """The figures were measured on the authors' code: ‖V − I‖_F of BRO at 64 channels, ‖W − I‖ of Cholesky at 256."""
+    torch.manual_seed(0)
+    conv = lip.BROConv2d(64, 64, 3, padding=1, residual_depth=12)
+    V = quasi_residual(conv, 12)
+    assert np.linalg.norm(V - identity(V.shape)) == pytest.approx(0.068, rel=0.02)
+    assert np.linalg.norm(lip.BROConv2d(64, 64, 3).raw.detach().numpy() - identity(V.shape)) > 2.7
+    near, far = (lip.CholeskyLinear(256, 256, residual_depth=depth).weight.detach().numpy() for depth in (8, None))
+    assert np.linalg.norm(near - np.eye(256), 2) == pytest.approx(0.044, rel=0.1)
+    assert np.linalg.norm(far - np.eye(256), 2) > 1.9
+    W = lip.FreeResidualConv2dBlock(64, residual_depth=12).weight.detach().numpy()
+    assert np.linalg.norm(W - identity(W.shape)) == pytest.approx(0.096, rel=0.02)
+
+
+def identity(shape: tuple[int, ...]) -> np.ndarray:
+    kernel = np.zeros(shape)
+    kernel[(slice(None), slice(None), *((k - 1) // 2 for k in shape[2:]))] = np.eye(*shape[:2])
+    return kernel
+
+
+def quasi_residual(layer: nn.Module, depth: int) -> np.ndarray:
+    raw, gain = (p.detach().double().numpy() for p in (layer.raw, layer.gain))
+    return identity(raw.shape) + gain * raw / math.sqrt(depth)
+
+
+def reflector(V: np.ndarray) -> np.ndarray:
+    return np.eye(len(V)) - 2 * V @ np.linalg.pinv(V)
+
+
+def gram_schmidt(P: np.ndarray) -> np.ndarray:
+    Q, R = np.linalg.qr(P.T)
+    return (Q * np.sign(np.diag(R))).T
+
+
+RESIDUAL = [
+    (lambda: lip.BROLinear(5, 5, residual_depth=3, dtype=F64), reflector),
+    (lambda: lip.CholeskyLinear(5, 5, residual_depth=3, dtype=F64), gram_schmidt),
+    (lambda: lip.LiResNetBlock(5, residual_depth=3, dtype=F64), lambda V: V / np.linalg.norm(V, 2)),
+    (lambda: lip.FreeResidualConv2dBlock(5, residual_depth=3, dtype=F64), lambda V: V),
+    (lambda: lip.BROConv2d(4, 4, 1, residual_depth=3, dtype=F64), lambda V: reflector(V[..., 0, 0])),
+    (lambda: lip.CholeskyConv2d(4, 4, 1, residual_depth=3, dtype=F64), lambda V: gram_schmidt(V[..., 0, 0])),
+]
+
+
+@pytest.mark.parametrize(("make", "map_of"), RESIDUAL)
+def test_a_residual_depth_is_a_parametrisation_around_the_identity(make, map_of):
+    torch.manual_seed(0)
+    layer = make()
+    for p in (layer.raw, layer.gain):
+        nn.init.normal_(p)
+    expected = map_of(quasi_residual(layer, 3))
+    found = layer.weight if layer.has_weight else layer.effective((1, 1))[0, 0].real
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-6, atol=1e-6)
+    assert f"residual_depth={layer.residual_depth}" in repr(layer)
+
+
+@pytest.mark.parametrize(("make", "d"), [(lip.BROConv2d, 12), (lip.CholeskyLinear, 8)])
+def test_a_step_moves_the_matrix_less_by_the_root_of_the_depth(make, d: int):
+    moved = []
+    for depth in (d, None):
+        torch.manual_seed(0)
+        layer = make(*((16, 16, 3) if make is lip.BROConv2d else (16, 16)), residual_depth=depth, dtype=F64)
+        matrix = (
+            (lambda layer=layer: quasi_residual(layer, d)) if depth else (lambda p=layer.raw: p.detach().numpy().copy())
+        )
+        before = matrix()
+        x = torch.randn(3, 16, *((5, 5) if make is lip.BROConv2d else ()), dtype=F64)
+        layer(x).pow(3).sum().backward()
+        if depth:
+            assert (layer.gain.grad.abs() > 0).sum() >= len(layer.gain) - 1
+        torch.optim.Adam(layer.parameters(), lr=1e-4).step()
+        moved.append(np.linalg.norm(matrix() - before))
+    assert moved[1] / moved[0] == pytest.approx(math.sqrt(d), rel=0.02)
+
+
+def test_a_residual_depth_needs_an_identity():
+    for make in (lip.BROLinear, lip.CholeskyLinear):
+        with pytest.raises(lip.LipschitzError, match=r"residual_depth=8 with in_features=4, out_features=6"):
+            make(4, 6, residual_depth=8)
+    for make in (lip.BROConv2d, lip.CholeskyConv2d):
+        with pytest.raises(lip.LipschitzError, match=r"residual_depth=8 with in_channels=16, out_channels=4"):
+            make(4, 4, 2, stride=2, residual_depth=8)
+        assert make(2, 8, 3, stride=2, residual_depth=8)(torch.ones(1, 2, 4, 4)).shape == (1, 8, 1, 1)
+    for depth in (0, 1.5, True):
+        with pytest.raises(lip.LipschitzError, match=f"residual_depth={depth}"):
+            lip.LiResNetBlock(4, residual_depth=depth)
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 

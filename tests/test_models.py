@@ -298,13 +298,13 @@ def test_sll_networks_small_to_xlarge(size: tuple[int, int, int], millions: int)
 def test_bronet_l_and_liresnet_share_all_but_the_backbone():
     around = 512 * (3 * 25 + 1)  # stem
     around += 512 * (512 * 16 + 1)  # patches
-    around += 2048 * (512 * 4 * 4 + 1) + 8 * 2048 * (2048 + 1) + 10 * (2048 + 1)
-    assert parameters(lambda: bronet((3, 32, 32), 10)) == around + 12 * (512 * 256 * 9 + 512)
-    assert parameters(lambda: liresnet((3, 32, 32), 10)) == around + 12 * (512 * 512 * 9 + 512)
+    around += 2048 * (512 * 4 * 4 + 1) + 8 * 2048 * (2048 + 2) + 10 * (2048 + 1)  # a bias and a gain for each row
+    assert parameters(lambda: bronet((3, 32, 32), 10)) == around + 12 * (512 * 256 * 9 + 1024)
+    assert parameters(lambda: liresnet((3, 32, 32), 10)) == around + 12 * (512 * 512 * 9 + 1024)
     ranks = parameters(lambda: bronet((3, 32, 32), 10, rank_ratio=0.125))
-    assert ranks == around + 12 * (512 * 64 * 9 + 512)
+    assert ranks == around + 12 * (512 * 64 * 9 + 1024)
     hybrid = parameters(lambda: bronet((3, 32, 32), 10, blocks=6, depth=8))
-    assert hybrid == around + 6 * (512 * 512 * 9 + 512) + 8 * (512 * 256 * 9 + 512)
+    assert hybrid == around + 6 * (512 * 512 * 9 + 1024) + 8 * (512 * 256 * 9 + 1024)
 
 
 @pytest.mark.parametrize("kept", [16, 32, 48])
@@ -371,6 +371,7 @@ def test_lipconvnet_n_has_n_convolutions_and_1024_features(n: int):
         (bronet, {"stem_patch": 0}, "stem_patch=0"),
         (bronet, {"rank_ratio": 2.0}, "rank_ratio=2.0"),
         (bronet, {"centering": "between"}, "before"),
+        (bronet, {"start": "identity"}, "residual"),
         (convnet, {"start": "random"}, "identity"),
         (lbdn, {"conv_block": "ldlt", "output_bias": False}, "output_bias"),
         (liresnet, {"dense": True}, "dense=True"),

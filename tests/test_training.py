@@ -841,6 +841,17 @@ def test_certify_wrong_image_size_names_both(ckpt, tmp_path):
         certify(f"ckpt={tmp_path}/x.ckpt")
 
 
+@pytest.mark.parametrize(
+    ("version", "start"), [("0.1.0", "family"), ("0.1", "family"), ("0.2.0", None), ("1.0.0", None)]
+)
+def test_older_checkpoints_start_their_layers_as_they_did(version, start, tmp_path):
+    model = {"_target_": "liplayers.models.bronet", "stem": "aol"}
+    checkpoint = Checkpoint(tmp_path, "", version, {"model": model}, (3, 4, 4), ("a", "b"), 0, 0, {})
+    assert checkpoint.model_config == (model if start is None else {**model, "start": start})
+    other = {"_target_": "liplayers.models.convnet"}
+    assert Checkpoint(tmp_path, "", version, {"model": other}, (3,), (), 0, 0, {}).model_config == other
+
+
 STOOD_FOR = [
     ("rescaled", "0.1.0", True),
     ("soc", "0.1.0", True),

@@ -126,3 +126,119 @@ def test_a_family_without_a_map_is_refused_when_its_class_is_made():
 
         class Unmapped(LipschitzLinear):
             pass
+
+
+# Equal layers, mapped together ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The classes whose map is called, in order."""
+    calls: list[str] = []
+    for cls in (lp.BROConv2d, lp.CholeskyLinear, lp.LOTConv2d, lp.FreeResidualConv2dBlock):
+        original = cls.map_weight
+
+        def watching(self: Any, *raw: Any, original: Callable = original) -> Any:
+            calls.append(type(self).__name__)
+            return original(self, *raw)
+
+        monkeypatch.setattr(cls, "map_weight", watching)
+    return calls
+
+
+def stack(*makes: Callable[[], nn.Module]) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(make() for make in makes))
+
+
+def conv(**options: Any) -> nn.Module:
+    return lp.BROConv2d(4, 4, 3, padding=1, **options)
+
+
+def used_twice(model: nn.Module, x: Tensor, mapped: list[str]) -> int:
+    """How often a map is called once it is known what is used."""
+    for _ in range(2):
+        mapped.clear()
+        with lp.cached(model):
+            model(x).sum().backward()
+    return len(mapped)
+
+
+@pytest.mark.parametrize(
+    ("makes", "calls"),
+    [
+        ([conv] * 5, 1),
+        ([conv, lambda: conv(rank_ratio=0.25)] * 2, 2),
+        ([conv, lambda: conv().requires_grad_(False), conv], 1),
+        ([lambda: lp.FreeResidualConv2dBlock(4, residual_depth=3)] * 3, 1),
+        ([lambda: lp.LOTConv2d(4, 4, 3, padding=1)] * 3, 3),
+        ([conv, lambda: lp.LOTConv2d(4, 4, 3, padding=1), conv], 2),
+    ],
+)
+def test_equal_layers_are_mapped_in_one_call(makes: list[Callable[[], nn.Module]], calls: int, mapped: list[str]):
+    model, x = stack(*makes), torch.randn(2, 4, 5, 5)
+    assert used_twice(model, x, mapped) == calls
+    mapped.clear()
+    with lp.cached():
+        model(x)
+    assert len(mapped) == len([p for p in model if next(p.parameters()).requires_grad])
+    assert used_twice(copy.deepcopy(model), x, mapped) == calls
+
+
+def test_a_group_is_of_one_size_of_image(mapped: list[str]):
+    model = stack(conv, conv, lambda: lp.ScaledAvgPool2d(2), conv, conv)
+    assert used_twice(model, torch.randn(2, 4, 8, 8), mapped) == 2
+    mapped.clear()
+    with lp.cached(model):
+        model(torch.randn(2, 4, 6, 6))
+    assert len(mapped) == 4  # of new sizes
+    with lp.cached(model):
+        model(torch.randn(2, 4, 6, 6))
+    assert len(mapped) == 6
+
+
+def test_what_is_not_used_is_mapped_once_in_vain(mapped: list[str]):
+    model, x = stack(conv, conv, conv), torch.randn(2, 4, 5, 5)
+    used_twice(model, x, mapped)
+    for expected in (torch.zeros_like(model[2].raw), None):
+        model.zero_grad()
+        with lp.cached(model):
+            model[:2](x).sum().backward()
+        grad = model[2].raw.grad
+        assert grad is None if expected is None else torch.equal(grad, expected)
+
+
+def test_a_changed_parameter_of_a_group_is_noticed(mapped: list[str]):
+    model, x = stack(conv, conv, conv), torch.randn(2, 4, 5, 5)
+    used_twice(model, x, mapped)
+    mapped.clear()
+    with lp.cached(model), lp.cached(model[0]):
+        model[0](x)
+        nn.init.normal_(model[2].raw)
+        y = model(x)
+    assert len(mapped) == 2
+    torch.testing.assert_close(y, model(x))
+    other = {"0.raw": torch.randn_like(model[0].raw), "1.raw": torch.randn_like(model[1].raw)}
+    with lp.cached(model):
+        model(x)
+        y = torch.func.functional_call(model, other, (x,))
+    torch.testing.assert_close(y, torch.func.functional_call(model, other, (x,)))
+
+
+def test_a_map_that_reads_values_says_so():
+    class Reading(LipschitzLinear):
+        def __init__(self) -> None:
+            super().__init__(3, 3)
+            self.raw = self.new_parameter((3, 3))
+            self.bias = None
+            self.reset_parameters()
+
+        def map_weight(self, raw: Tensor) -> Tensor:
+            return raw / raw.norm() if raw.norm().item() > 1 else raw
+
+    model = stack(Reading, Reading)
+    with lp.cached(model):
+        model(torch.ones(3))
+    with lp.cached(model), pytest.raises(RuntimeError) as caught:
+        model(torch.ones(3))
+    assert "batched = False" in "".join(caught.value.__notes__)

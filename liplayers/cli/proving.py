@@ -50,7 +50,7 @@ def certify_one(
             f"{list(checkpoint.class_names)[:5]}…; certify on the data it was trained for"
         )
     shape, classes = checkpoint.input_shape, len(checkpoint.class_names)
-    model = build(OmegaConf.create(checkpoint.config["model"]), input_shape=shape, num_classes=classes)
+    model = build(OmegaConf.create(checkpoint.model_config), input_shape=shape, num_classes=classes)
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"{checkpoint.path}: its config makes no model; train again")
     checkpoint.load_into(model)

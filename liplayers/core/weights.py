@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from liplayers.core.checks import check_dtype, check_shape
 from liplayers.core.module import LipschitzModule
@@ -26,17 +26,24 @@ from liplayers.errors import ArgumentError, SettledError, ShapeError
 
 __all__ = ["ComputedWeight", "ParametrizedModule", "cached"]
 
-_shared: ContextVar[dict | None] = ContextVar("liplayers_shared_weights", default=None)
+_shared: ContextVar[_Shared | None] = ContextVar("liplayers_shared_weights", default=None)
 _SIZES_KEPT = 4
 
 
 @contextmanager
-def cached() -> Iterator[None]:
+def cached(*models: nn.Module) -> Iterator[None]:
     """Within this context each effective weight is computed once, even where gradients are needed.
 
     It is for layers that are used several times in one forward pass, and for losses that read a weight. Changing a raw
     parameter in place inside the context is noticed, except through `param.data`. Contexts may be nested; the inner one
     shares the outer one's weights.
+
+    Equal layers of `models` are mapped together, in one call on their stacked raw parameters, once each of them has
+    been used within such a context: many small operations become a few large ones, whose results differ by rounding. A
+    layer that is not used after all then has a gradient of zero, where it would have none, for this one time.
+
+    Args:
+        models: those to be trained inside the context.
 
     >>> from liplayers import AOLLinear
     >>> layer = AOLLinear(4, 4)
@@ -44,12 +51,85 @@ def cached() -> Iterator[None]:
     ...     layer.effective() is layer.effective()
     True
     """
-    token = _shared.set({}) if _shared.get() is None else None
+    outer = _shared.get()
+    shared = _Shared() if outer is None else outer
+    for model in models:
+        shared.layers.update(dict.fromkeys(part for part in model.modules() if isinstance(part, ParametrizedModule)))
+    token = _shared.set(shared) if outer is None else None
     try:
         yield
     finally:
         if token is not None:
             _shared.reset(token)
+            shared.forget_unused()
+
+
+_Map = tuple[str, tuple]  # the name of a method that maps raw parameters, and the size that it is called with
+
+
+class _Shared:
+    """The weights of one `cached` context, and the layers that may be mapped together in it."""
+
+    def __init__(self) -> None:
+        self.layers: dict[ParametrizedModule, None] = {}  # in their order
+        self.entries: dict[tuple[ParametrizedModule, _Map], tuple[list[Tensor], tuple[int, ...], Any]] = {}
+        self.used: set[tuple[ParametrizedModule, _Map]] = set()
+
+    def weight(self, layer: ParametrizedModule, key: _Map) -> Any:
+        if not self._has(layer, key):
+            others = (other for other in self.layers if other is not layer and key in other._kept.used)
+            together = [layer, *(o for o in others if not self._has(o, key) and _mapped_alike(o, layer))]
+            for one, weight in zip(together, _map_together(together, key), strict=True):
+                self.entries[one, key] = (one._raw(), _versions(one._raw()), weight)
+        self.used.add((layer, key))
+        if layer in self.layers:
+            layer._kept.used.add(key)
+        return self.entries[layer, key][2]
+
+    def _has(self, layer: ParametrizedModule, key: _Map) -> bool:
+        raw = layer._raw()
+        entry = self.entries.get((layer, key))
+        # the parameters themselves, not their addresses: torch.func.functional_call puts others in their place
+        return entry is not None and entry[1] == _versions(raw) and all(map(operator.is_, entry[0], raw))
+
+    def forget_unused(self) -> None:
+        for layer, key in self.entries.keys() - self.used:
+            layer._kept.used.discard(key)
+
+
+def _mapped_alike(a: ParametrizedModule, b: ParametrizedModule) -> bool:
+    """Whether two layers map equal raw parameters to equal weights, as far as can be told from what they hold."""
+    if type(a) is not type(b) or not a.batched or any(map(_holds_more, (a, b))) or _settings(a) != _settings(b):
+        return False
+    return [repr(m) for m in a.children()] == [repr(m) for m in b.children()] and all(
+        (p.dtype, p.device, p.requires_grad) == (q.dtype, q.device, q.requires_grad)
+        for p, q in zip(a._raw(), b._raw(), strict=True)
+    )
+
+
+def _holds_more(layer: ParametrizedModule) -> bool:
+    """Whether there are tensors besides its own parameters, which its map may read."""
+    others = any(True for child in layer.children() for _ in child.parameters())
+    return others or any(True for _ in layer.buffers()) or any(map(torch.is_tensor, _settings(layer).values()))
+
+
+def _settings(layer: ParametrizedModule) -> dict[str, Any]:
+    return {name: value for name, value in vars(layer).items() if name not in _NO_SETTINGS}
+
+
+def _map_together(layers: Sequence[ParametrizedModule], key: _Map) -> list[Any]:
+    """The weights of layers that are mapped alike."""
+    first, (name, size) = layers[0], key
+    if len(layers) == 1:
+        return [first._compute(name, *size)]
+    stacked = [torch.stack(same) for same in zip(*(layer._raw() for layer in layers), strict=True)]
+    try:
+        weights = torch.vmap(lambda *raw: first._holding(raw)._compute(name, *size))(*stacked)
+    except RuntimeError as error:
+        error.add_note(f"{type(first).__name__}: if equal layers cannot be mapped together, set batched = False in it")
+        raise
+    leaves, structure = tree_flatten(weights)
+    return [tree_unflatten(parts, structure) for parts in zip(*(leaf.unbind() for leaf in leaves), strict=True)]
 
 
 class _Kept:
@@ -61,7 +141,8 @@ class _Kept:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.raw: list[Tensor] = []
-        self.weights: dict[tuple, tuple[tuple[int, ...], Any]] = {}  # key → (versions of the weight's tensors, weight)
+        self.weights: dict[_Map, tuple[tuple[int, ...], Any]] = {}  # → (versions of the weight's tensors, weight)
+        self.used: set[_Map] = set()  # in the last `cached` context of a model
 
     def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
         return _Kept, ()
@@ -115,6 +196,8 @@ class ParametrizedModule(LipschitzModule):
         has_weight: whether the weight is one dense tensor as torch's layers have it.
         run_as_they_are: names of parameters that are not mapped.
         constant_estimate: whether `lipschitz_estimate` is the same whatever the raw parameters are.
+        batched: whether `map_weight` works on several layers at once, under `torch.vmap`: no value of a tensor decides
+            what is computed.
         range_exponent: raw entries below tiny**range_exponent, with tiny the least normal number, count as zero, and
             those above its inverse count as the inverse.
     """
@@ -123,6 +206,7 @@ class ParametrizedModule(LipschitzModule):
     run_as_they_are: frozenset[str] = frozenset({"bias", "hidden_bias"})
     raw: nn.Parameter
     constant_estimate = True
+    batched = True
     range_exponent = 0.4
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
@@ -182,23 +266,25 @@ class ParametrizedModule(LipschitzModule):
         Where gradients with respect to the raw parameters are needed, it is computed afresh at each call (once inside
         `cached()`); otherwise once, until a raw parameter changes in any way.
         """
+        return self.mapped("map_weight", *size)
+
+    def mapped(self, name: str, *size: Any) -> Any:
+        """What a method makes of the raw parameters, as `effective` hands out what `map_weight` does.
+
+        Args:
+            name: of the method, a pure function of the raw parameters and the size.
+            size: its last arguments.
+        """
         if torch.compiler.is_compiling() or _in_func_transform():
-            return self._compute(*size)
-        raw = [getattr(self, name) for name in self.raw_names]
+            return self._compute(name, *size)
+        raw = self._raw()
         if torch.is_grad_enabled() and any(p.requires_grad for p in raw):
             shared = _shared.get()
-            if shared is None:
-                return self._compute(*size)
-            versions = _versions(raw)
-            entry = shared.get((self, size))
-            # the parameters themselves, not their addresses: torch.func.functional_call puts others in their place
-            if entry is None or entry[1] != versions or not all(map(operator.is_, entry[0], raw)):
-                entry = shared[(self, size)] = (raw, versions, self._compute(*size))
-            return entry[2]
-        kept, differentiable = self._kept, torch.is_grad_enabled()
+            return self._compute(name, *size) if shared is None else shared.weight(self, (name, size))
+        kept, differentiable, key = self._kept, torch.is_grad_enabled(), (name, size)
         with kept.lock:
             unchanged = len(kept.raw) == len(raw) and all(map(_identical, kept.raw, raw))
-            entry = kept.weights.get(size) if unchanged else None
+            entry = kept.weights.get(key) if unchanged else None
             # nobody wrote into the weight that was handed out
             if entry is not None and entry[0] == _versions(entry[1]):
                 return entry[1]
@@ -206,12 +292,15 @@ class ParametrizedModule(LipschitzModule):
             with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
                 if not unchanged:
                     kept.raw, kept.weights = [p.detach().clone() for p in raw], {}
-                kept.weights.pop(size, None)
+                kept.weights.pop(key, None)
                 if len(kept.weights) >= _SIZES_KEPT:
                     kept.weights.pop(next(iter(kept.weights)))
-                weight = self._holding(kept.raw)._compute(*size)
-                kept.weights[size] = (_versions(weight), weight)
+                weight = self._holding(kept.raw)._compute(name, *size)
+                kept.weights[key] = (_versions(weight), weight)
             return weight
+
+    def _raw(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.raw_names]
 
     def _holding(self, raw: Sequence[Tensor]) -> Self:
         """This layer with other raw parameters, which no other thread writes to."""
@@ -219,11 +308,14 @@ class ParametrizedModule(LipschitzModule):
         other._parameters = {**self._parameters, **dict(zip(self.raw_names, raw, strict=True))}  # type: ignore[arg-type]
         return other
 
-    def _compute(self, *size: Any) -> Any:
-        for name, shape in self._raw_shapes.items():
-            check_shape(self, name, getattr(self, name), shape)
-            check_dtype(self, getattr(self, name).dtype)
-        return self.rounded(self.exact_weight(*size))
+    def _compute(self, name: str, *size: Any) -> Any:
+        for raw, shape in self._raw_shapes.items():
+            check_shape(self, raw, getattr(self, raw), shape)
+            check_dtype(self, getattr(self, raw).dtype)
+        if name == "map_weight":
+            return self.rounded(self.exact_weight(*size))
+        with exact_precision(self.raw_device):
+            return getattr(self, name)(*self.raw_values(), *size)
 
     @property
     def weight(self) -> Tensor:
@@ -327,6 +419,9 @@ def _in_range(raw: Tensor, exponent: float) -> Tensor:
 def _in_func_transform() -> bool:
     """Whether torch.func transforms run; a parameter may then stand for many values, or have a tangent."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+_NO_SETTINGS = frozenset({*vars(nn.Module()), "_kept"})
 
 
 def _versions(value: Any) -> tuple[int, ...]:

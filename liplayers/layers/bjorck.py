@@ -51,6 +51,8 @@ class BjorckLinear(LipschitzLinear):
     True
     """
 
+    batched = False  # it stops when it has converged
+
     def __init__(
         self,
         in_features: int,
@@ -114,6 +116,8 @@ class BjorckConv2d(RKOConv2d):
     >>> BjorckConv2d(3, 8, 3, padding="same")(torch.randn(1, 3, 9, 7)).shape
     torch.Size([1, 8, 9, 7])
     """
+
+    batched = False  # it stops when it has converged
 
     def __init__(
         self,

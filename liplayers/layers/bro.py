@@ -2,13 +2,14 @@
 
 It differs from the public code: the factorisation runs in float64 with columns normalised first, strides act by
 pixel-unshuffling, rectangular layers start from a Gaussian rather than a quasi-residual factor, which would begin by
-dropping the last inputs, and the noise of the start is the same at every depth of a network.
+dropping the last inputs, and without `residual_depth` the noise of the start is the same at every depth of a network.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +20,19 @@ from liplayers.core.registry import Family, register
 from liplayers.errors import ArgumentError
 from liplayers.layers.bases.dense import LipschitzLinear
 from liplayers.layers.bases.fourier import FourierConv2d
-from liplayers.linalg.fourier import Grid, transfer_matrix
+from liplayers.layers.bases.near_identity import (
+    around_identity,
+    check_residual_depth,
+    near_identity,
+    residual_repr,
+    start_near_identity_,
+)
+from liplayers.linalg.fourier import transfer_matrix
 from liplayers.linalg.orthogonal import block_reflector
 
 __all__ = ["BROConv2d", "BROLinear"]
 
-NOISE = 0.5  # of the quasi-residual initialisation V = I + NOISE·P, P Gaussian with columns of norm about 1
+NOISE = 0.5  # of the start V = I + NOISE·P without `residual_depth`, P Gaussian with columns of norm about 1
 
 
 def _check_rank_ratio(owner: object, rank_ratio: float) -> None:
@@ -36,19 +44,17 @@ def _rank(features: int, rank_ratio: float) -> int:
     return max(1, round(features * rank_ratio))
 
 
-def _reset(module: LipschitzLinear | FourierConv2d, square: bool) -> None:
-    raw = module.raw
-    with torch.no_grad():
+@torch.no_grad()
+def _reset(module: BROLinear | BROConv2d, square: bool) -> None:
+    raw, gain = module.raw, module.gain
+    if gain is not None:
+        start_near_identity_(raw, gain)
+    else:
         nn.init.normal_(raw, std=1 / math.sqrt(raw.shape[0] * math.prod(raw.shape[2:])))
         if square:
-            raw.mul_(NOISE)
-            # the centre tap, as an n × r view: its diagonal becomes that of the identity
-            tap = raw.data
-            for k in raw.shape[:1:-1]:
-                tap = tap[..., (k - 1) // 2]
-            tap.diagonal().add_(1)
-        if module.bias is not None:
-            module.bias.zero_()
+            raw.copy_(near_identity(NOISE * raw))
+    if module.bias is not None:
+        module.bias.zero_()
 
 
 class BROLinear(LipschitzLinear):
@@ -64,12 +70,15 @@ class BROLinear(LipschitzLinear):
         device: of the parameters.
         dtype: of the parameters.
         rank_ratio: the rank of the reflection as a share of n, r/n in (0, 1]; at 1 the layer is constant, W = −I.
+        residual_depth: d, the number of equal layers in the network: V = I + d^(−½)·γ·W for the parameters W, which
+            starts at about 0, and γ, a gain for each row; None: V is the parameter.
 
     Shape:
         (*, in_features) → (*, out_features).
 
     Raises:
-        ArgumentError: sizes that are not positive integers, a rank ratio outside (0, 1].
+        ArgumentError: sizes that are not positive integers, a rank ratio outside (0, 1], a residual depth where
+            in_features and out_features differ.
 
     Source: Lai et al. 2025, arXiv 2505.15174.
 
@@ -87,30 +96,37 @@ class BROLinear(LipschitzLinear):
         dtype: torch.dtype | None = None,
         *,
         rank_ratio: float = 0.5,
+        residual_depth: int | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
         _check_rank_ratio(self, rank_ratio)
         self.rank_ratio = rank_ratio
+        self.residual_depth = check_residual_depth(
+            self, residual_depth, in_features=in_features, out_features=out_features
+        )
         n = max(in_features, out_features)
         self.raw = self.new_parameter((n, _rank(n, rank_ratio)), device, dtype)
+        self.gain = self.new_parameter((n, 1), device, dtype) if residual_depth else None
         self.bias = self.new_parameter((out_features,), device, dtype) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Quasi-residual V = I + noise where square, Gaussian V elsewhere, no bias."""
+        """Quasi-residual V = I + noise where square, with little noise for a residual depth; Gaussian V elsewhere."""
         _reset(self, self.in_features == self.out_features)
 
     def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
         """The directions that the nearest reflection turns: eigenvectors of the least eigenvalues of (W + Wᵀ)/2."""
         n, rank = self.raw.shape
         square = F.pad(weight, (0, n - self.in_features, 0, n - self.out_features))
-        return [torch.linalg.eigh(square + square.mT).eigenvectors[:, :rank]]
+        V = torch.linalg.eigh(square + square.mT).eigenvectors[:, :rank]
+        return [V] if self.gain is None else around_identity(V, self.gain, depth=self.residual_depth)
 
-    def map_weight(self, raw: Tensor) -> Tensor:
-        return block_reflector(raw, self.out_features, self.in_features)
+    def map_weight(self, raw: Tensor, gain: Tensor | None = None) -> Tensor:
+        V = raw if gain is None else near_identity(raw, gain, depth=self.residual_depth)
+        return block_reflector(V, self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank_ratio={self.rank_ratio}"
+        return f"{super().extra_repr()}, rank_ratio={self.rank_ratio}" + residual_repr(self.residual_depth)
 
 
 class BROConv2d(FourierConv2d):
@@ -135,12 +151,15 @@ class BROConv2d(FourierConv2d):
         device: of the parameters.
         dtype: of the parameters.
         rank_ratio: the rank of the reflection as a share of n, r/n in (0, 1]; at 1 the layer is constant.
+        residual_depth: d, the number of equal layers in the network: V = I + d^(−½)·γ·W for the parameters W, which
+            starts at about 0, and γ, a gain for each row; None: V is the parameter.
 
     Shape:
         (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
 
     Raises:
-        ArgumentError: dilation or groups other than 1, padding that would exceed norm 1, a bad rank ratio.
+        ArgumentError: dilation or groups other than 1, padding that would exceed norm 1, a bad rank ratio, a residual
+            depth where in_channels·s² and out_channels differ.
         ShapeError: at call, circular padding with a stride that does not divide the image.
 
     Source: Lai et al. 2025, arXiv 2505.15174.
@@ -166,25 +185,32 @@ class BROConv2d(FourierConv2d):
         dtype: torch.dtype | None = None,
         *,
         rank_ratio: float = 0.5,
+        residual_depth: int | None = None,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         _check_rank_ratio(self, rank_ratio)
         self.rank_ratio = rank_ratio
         channels, kh, kw = self.unshuffled
+        self.residual_depth = check_residual_depth(
+            self, residual_depth, in_channels=channels, out_channels=out_channels
+        )
         n = max(channels, out_channels)
         self.raw = self.new_parameter((n, _rank(n, rank_ratio), kh, kw), device, dtype)
+        self.gain = self.new_parameter((n, 1, 1, 1), device, dtype) if residual_depth else None
         self.bias = self.new_parameter((out_channels,), device, dtype) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Quasi-residual V = I + noise where square, Gaussian V elsewhere, no bias."""
+        """Quasi-residual V = I + noise where square, with little noise for a residual depth; Gaussian V elsewhere."""
         _reset(self, self.unshuffled[0] == self.out_channels)
 
-    def map_weight(self, raw: Tensor, grid: Grid) -> Tensor:
-        return block_reflector(transfer_matrix(raw, grid), self.out_channels, self.unshuffled[0])
+    def map_weight(self, *raw_and_grid: Any) -> Tensor:
+        *raw, grid = raw_and_grid
+        V = raw[0] if self.gain is None else near_identity(*raw, depth=self.residual_depth)
+        return block_reflector(transfer_matrix(V, grid), self.out_channels, self.unshuffled[0])
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank_ratio={self.rank_ratio}"
+        return f"{super().extra_repr()}, rank_ratio={self.rank_ratio}" + residual_repr(self.residual_depth)
 
 
 register(Family("bro", linear=BROLinear, conv=BROConv2d, orthogonal=frozenset({"linear", "conv"})))

@@ -7,6 +7,7 @@ only, and a convolution per frequency is offered, too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,14 @@ from liplayers.core.checks import Size2d
 from liplayers.core.registry import Family, register
 from liplayers.layers.bases.dense import LipschitzLinear
 from liplayers.layers.bases.fourier import FourierConv2d
-from liplayers.linalg.fourier import Grid, transfer_matrix
+from liplayers.layers.bases.near_identity import (
+    around_identity,
+    check_residual_depth,
+    near_identity,
+    residual_repr,
+    start_near_identity_,
+)
+from liplayers.linalg.fourier import transfer_matrix
 from liplayers.linalg.orthogonal import cholesky_orthogonal
 from liplayers.linalg.stiefel import nearest_orthogonal
 
@@ -35,12 +43,14 @@ class CholeskyLinear(LipschitzLinear):
         bias: whether b is there.
         device: of the parameters.
         dtype: of the parameters.
+        residual_depth: d, the number of equal layers in the network: P = I + d^(−½)·γ·W for the parameters W, which
+            starts at about 0, and γ, a gain for each row; None: P is the parameter.
 
     Shape:
         (*, in_features) → (*, out_features).
 
     Raises:
-        ArgumentError: sizes that are not positive integers.
+        ArgumentError: sizes that are not positive integers, a residual depth where in_features and out_features differ.
 
     Source: Hu et al. 2024, arXiv 2310.02513.
 
@@ -57,18 +67,34 @@ class CholeskyLinear(LipschitzLinear):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        residual_depth: int | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
+        self.residual_depth = check_residual_depth(
+            self, residual_depth, in_features=in_features, out_features=out_features
+        )
         self.raw = self.new_parameter((out_features, in_features), device, dtype)
+        self.gain = self.new_parameter((out_features, 1), device, dtype) if residual_depth else None
         self.bias = self.new_parameter((out_features,), device, dtype) if bias else None
         self.reset_parameters()
 
+    def reset_parameters(self) -> None:
+        """An orthogonal raw matrix, no bias; W of a residual depth small and Gaussian."""
+        super().reset_parameters()
+        if self.gain is not None:
+            start_near_identity_(self.raw, self.gain)
+
     def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
         """Its polar factor, the nearest orthogonal matrix."""
-        return [nearest_orthogonal(weight)]
+        P = nearest_orthogonal(weight)
+        return [P] if self.gain is None else around_identity(P, self.gain, depth=self.residual_depth)
 
-    def map_weight(self, raw: Tensor) -> Tensor:
-        return cholesky_orthogonal(raw)
+    def map_weight(self, raw: Tensor, gain: Tensor | None = None) -> Tensor:
+        return cholesky_orthogonal(raw if gain is None else near_identity(raw, gain, depth=self.residual_depth))
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + residual_repr(self.residual_depth)
 
 
 class CholeskyConv2d(FourierConv2d):
@@ -91,12 +117,15 @@ class CholeskyConv2d(FourierConv2d):
         padding_mode: what the padding holds, "zeros" or "circular".
         device: of the parameters.
         dtype: of the parameters.
+        residual_depth: d, the number of equal layers in the network: P = I + d^(−½)·γ·W for the parameters W, which
+            starts at about 0, and γ, a gain for each row; None: P is the parameter.
 
     Shape:
         (N, in_channels, H, W) → (N, out_channels, H', W'), sizes as torch's.
 
     Raises:
-        ArgumentError: dilation or groups other than 1, and padding that would exceed norm 1.
+        ArgumentError: dilation or groups other than 1, padding that would exceed norm 1, a residual depth where
+            in_channels·s² and out_channels differ.
         ShapeError: at call, circular padding with a stride that does not divide the image.
 
     Source: Hu et al. 2024, arXiv 2310.02513 (dense); per frequency: this library.
@@ -121,15 +150,32 @@ class CholeskyConv2d(FourierConv2d):
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        residual_depth: int | None = None,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         channels, kh, kw = self.unshuffled
+        self.residual_depth = check_residual_depth(
+            self, residual_depth, in_channels=channels, out_channels=out_channels
+        )
         self.raw = self.new_parameter((out_channels, channels, kh, kw), device, dtype)
+        self.gain = self.new_parameter((out_channels, 1, 1, 1), device, dtype) if residual_depth else None
         self.bias = self.new_parameter((out_channels,), device, dtype) if bias else None
         self.reset_parameters()
 
-    def map_weight(self, raw: Tensor, grid: Grid) -> Tensor:
-        return cholesky_orthogonal(transfer_matrix(raw, grid))
+    def reset_parameters(self) -> None:
+        """One orthogonal centre tap, no bias; W of a residual depth small and Gaussian."""
+        super().reset_parameters()
+        if self.gain is not None:
+            start_near_identity_(self.raw, self.gain)
+
+    def map_weight(self, *raw_and_grid: Any) -> Tensor:
+        *raw, grid = raw_and_grid
+        P = raw[0] if self.gain is None else near_identity(*raw, depth=self.residual_depth)
+        return cholesky_orthogonal(transfer_matrix(P, grid))
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + residual_repr(self.residual_depth)
 
 
 register(Family("cholesky", linear=CholeskyLinear, conv=CholeskyConv2d, orthogonal=frozenset({"linear", "conv"})))

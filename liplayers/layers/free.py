@@ -15,6 +15,7 @@ from torch import Tensor
 
 from liplayers.core.checks import Size2d
 from liplayers.layers.bases.kernel import KernelConv2d
+from liplayers.layers.bases.near_identity import near_identity
 from liplayers.layers.liresnet import LiResNetConv2dBlock
 from liplayers.linalg.convolution import polyphase, symbol_norm_estimate
 
@@ -88,9 +89,13 @@ class FreeConv2d(KernelConv2d):
         """The proven norm of the kernel that runs."""
         return self.proven_norm()
 
+    def map_norm(self, raw: Tensor) -> Tensor:
+        """The norm of the kernel from below within 2 %."""
+        return _estimate(self, raw)
+
     def lipschitz_estimate(self) -> Tensor:
         """Of the norm, differentiable."""
-        return estimate(self)
+        return self.mapped("map_norm")
 
 
 class FreeResidualConv2dBlock(LiResNetConv2dBlock):
@@ -106,6 +111,8 @@ class FreeResidualConv2dBlock(LiResNetConv2dBlock):
         padding_mode: what surrounds the image, "zeros" or "circular".
         device: of the parameters.
         dtype: of the parameters.
+        residual_depth: d, the number of equal blocks in the network: K = d^(−½)·γ·W for the parameters W, which starts
+            at about 0, and γ, a gain for each row; None: K is the parameter.
 
     Shape:
         (N, channels, H, W) → the same.
@@ -131,19 +138,23 @@ class FreeResidualConv2dBlock(LiResNetConv2dBlock):
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        residual_depth: int | None = None,
     ) -> None:
-        super().__init__(channels, kernel_size, bias, padding_mode, device, dtype)
+        super().__init__(channels, kernel_size, bias, padding_mode, device, dtype, residual_depth=residual_depth)
 
-    def map_weight(self, raw: Tensor) -> Tensor:
-        return raw + self.identity(raw)
+    def map_weight(self, raw: Tensor, gain: Tensor | None = None) -> Tensor:
+        return near_identity(raw, gain, depth=self.residual_depth)
+
+    def map_norm(self, raw: Tensor, gain: Tensor | None = None) -> Tensor:
+        """The norm of δ + K from below within 2 %."""
+        return _estimate(self, self.map_weight(raw, gain))
 
     def lipschitz_estimate(self) -> Tensor:  # type: ignore[override]
         """Of the norm, differentiable."""
-        return estimate(self)
+        return self.mapped("map_norm")
 
 
-def estimate(conv: KernelConv2d) -> Tensor:
-    """The norm of the kernel that a convolution runs, from below within 2 %; differentiable."""
-    kernel = conv.effective().unflatten(0, (conv.groups, -1))
-    kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
-    return symbol_norm_estimate(polyphase(kernel, conv.stride, conv.dilation)).amax()
+def _estimate(conv: KernelConv2d, kernel: Tensor) -> Tensor:
+    groups = kernel.unflatten(0, (conv.groups, -1))
+    return symbol_norm_estimate(polyphase(groups, conv.stride, conv.dilation)).amax()

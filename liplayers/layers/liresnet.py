@@ -1,7 +1,7 @@
 """LiResNet's linear residual block: (I + conv)x as one convolution (Hu et al. 2023, arXiv 2301.12549).
 
 It differs from the public code in that the whole, identity included, is divided by its norm: a dense block by a proven
-bound, a convolution by a tight estimate, whose quotient has a proven norm.
+bound, a convolution by a tight estimate, whose quotient has a proven norm; and in its start without `residual_depth`.
 """
 
 from __future__ import annotations
@@ -13,23 +13,33 @@ from torch import Tensor, nn
 
 from liplayers.core.checks import check_odd_kernel
 from liplayers.core.registry import Family, register
+from liplayers.layers.bases.near_identity import (
+    around_identity,
+    check_residual_depth,
+    near_identity,
+    residual_repr,
+    start_near_identity_,
+)
 from liplayers.layers.rescaled import RescaledConv2d, RescaledLinear
 
 __all__ = ["LiResNetBlock", "LiResNetConv2dBlock"]
 
-NOISE = 0.1  # of the initial branch, a Gaussian whose norm is about twice this
+NOISE = 0.1  # of the initial branch without `residual_depth`, a Gaussian whose norm is about twice this
 
 
 class LiResNetBlock(RescaledLinear):
     r"""Dense residual block without activation, a contraction: y = (I + P)x/‖I + P‖⁺ + b.
 
-    An activation follows it. Signal gain at initialisation is about 1/(1 + 2·0.1). Cost: 8 products of Gram matrices.
+    An activation follows it. Signal gain at initialisation is about 1/(1 + 2·0.1), with a residual depth 1. Cost: 8
+    products of Gram matrices.
 
     Args:
         features: size of input and output.
         bias: whether b is there.
         device: of the parameters.
         dtype: of the parameters.
+        residual_depth: d, the number of equal blocks in the network: P = d^(−½)·γ·W for the parameters W, which starts
+            at about 0, and γ, a gain for each row; None: P is the parameter.
 
     Shape:
         (*, features) → the same.
@@ -49,21 +59,29 @@ class LiResNetBlock(RescaledLinear):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        residual_depth: int | None = None,
     ) -> None:
-        super().__init__(features, features, bias, device, dtype)
+        super(RescaledLinear, self).__init__(features, features)
+        self.residual_depth = check_residual_depth(self, residual_depth)
+        self.raw = self.new_parameter((features, features), device, dtype)
+        self.gain = self.new_parameter((features, 1), device, dtype) if residual_depth else None
+        self.bias = self.new_parameter((features,), device, dtype) if bias else None
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A small Gaussian P, no bias."""
-        nn.init.normal_(self.raw, std=NOISE / self.in_features**0.5)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        """A small Gaussian, no bias."""
+        _reset(self)
 
     def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
-        """K with I + K = W."""
-        return [weight - torch.eye(len(weight), dtype=weight.dtype, device=weight.device)]
+        """P with I + P = W."""
+        return around_identity(weight, self.gain, depth=self.residual_depth)
 
-    def map_weight(self, raw: Tensor) -> Tensor:
-        return super().map_weight(raw + torch.eye(len(raw), dtype=raw.dtype, device=raw.device))
+    def map_weight(self, raw: Tensor, gain: Tensor | None = None) -> Tensor:
+        return super().map_weight(near_identity(raw, gain, depth=self.residual_depth))
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + residual_repr(self.residual_depth)
 
 
 class LiResNetConv2dBlock(RescaledConv2d):
@@ -71,8 +89,8 @@ class LiResNetConv2dBlock(RescaledConv2d):
 
     δ is the identity tap; an activation follows. It would be a contraction for ‖δ + K‖ itself;
     estimate and proven bound are `RescaledConv2d`'s, for every image size, zero and circular padding. Signal gain at
-    initialisation is about 1/(1 + 2·0.1). Cost: Chebyshev iteration at 4(k − 1) × 4(k − 1) frequencies; it runs one
-    plain convolution.
+    initialisation is about 1/(1 + 2·0.1), with a residual depth 1. Cost: Chebyshev iteration at
+    4(k − 1) × 4(k − 1) frequencies; it runs one plain convolution.
 
     Args:
         channels: channels of input and output.
@@ -81,6 +99,8 @@ class LiResNetConv2dBlock(RescaledConv2d):
         padding_mode: what surrounds the image, "zeros" or "circular".
         device: of the parameters.
         dtype: of the parameters.
+        residual_depth: d, the number of equal blocks in the network: K = d^(−½)·γ·W for the parameters W, which starts
+            at about 0, and γ, a gain for each row; None: K is the parameter.
 
     Shape:
         (N, channels, H, W) → the same.
@@ -103,38 +123,39 @@ class LiResNetConv2dBlock(RescaledConv2d):
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        residual_depth: int | None = None,
     ) -> None:
         check_odd_kernel(self, kernel_size)
-        super().__init__(
-            channels,
-            channels,
-            kernel_size,
-            padding=kernel_size // 2,
-            bias=bias,
-            padding_mode=padding_mode,
-            device=device,
-            dtype=dtype,
-        )
+        super(RescaledConv2d, self).__init__(channels, channels, kernel_size, 1, kernel_size // 2, 1, 1, padding_mode)
+        self.residual_depth = check_residual_depth(self, residual_depth)
+        self.raw = self.new_parameter((channels, channels, *self.kernel_size), device, dtype)
+        self.gain = self.new_parameter((channels, 1, 1, 1), device, dtype) if residual_depth else None
+        self.bias = self.new_parameter((channels,), device, dtype) if bias else None
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A small Gaussian K, no bias."""
-        nn.init.normal_(self.raw, std=NOISE / self.raw[0].numel() ** 0.5)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def identity(self, like: Tensor) -> Tensor:
-        """δ, the identity as a kernel."""
-        kernel = torch.zeros_like(like)
-        centre = self.kernel_size[0] // 2
-        kernel[:, :, centre, centre] = torch.eye(self.in_channels, dtype=like.dtype, device=like.device)
-        return kernel
+        """A small Gaussian, no bias."""
+        _reset(self)
 
     def raw_from_weight(self, weight: Tensor) -> Sequence[Tensor]:
         """K with δ + K = W."""
-        return [weight - self.identity(weight)]
+        return around_identity(weight, self.gain, depth=self.residual_depth)
 
-    def map_weight(self, raw: Tensor) -> Tensor:
-        return super().map_weight(raw + self.identity(raw))
+    def map_weight(self, raw: Tensor, gain: Tensor | None = None) -> Tensor:
+        return super().map_weight(near_identity(raw, gain, depth=self.residual_depth))
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + residual_repr(self.residual_depth)
+
+
+def _reset(block: LiResNetBlock | LiResNetConv2dBlock) -> None:
+    if block.gain is None:
+        nn.init.normal_(block.raw, std=NOISE / block.raw[0].numel() ** 0.5)
+    else:
+        start_near_identity_(block.raw, block.gain)
+    if block.bias is not None:
+        nn.init.zeros_(block.bias)
 
 
 register(Family("liresnet", dense_block=LiResNetBlock, conv_block=LiResNetConv2dBlock))

@@ -58,6 +58,8 @@ class LOTConv2d(FourierConv2d):
     True
     """
 
+    batched = False  # it stops when it has converged
+
     def __init__(
         self,
         in_channels: int,

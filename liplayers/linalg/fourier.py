@@ -141,7 +141,8 @@ def _from_spectrum(X: Tensor, grid: Grid, size: Grid) -> Tensor:
         return X.real.new_zeros(0, X.shape[2], *size)
     step = CHUNK if X.device.type == "cpu" else max(1, X.shape[-1])
     chunks = [torch.fft.irfft2(part.permute(3, 2, 0, 1), s=grid) for part in X.split(step, -1)]
-    return torch.cat([image[..., : size[0], : size[1]] for image in chunks])
+    kept = [image[..., : size[0], : size[1]] for image in chunks]
+    return torch.cat(kept) if len(kept) > 1 else kept[0]
 
 
 def _multiply(x: Tensor, transfer: Tensor, grid: Grid, size: Grid) -> Tensor:
@@ -166,11 +167,14 @@ class _FourierMultiply(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         x, transfer, ctx.grid, ctx.size = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # no zeros for the spectrum
         ctx.save_for_backward(x, transfer, output[1])
         ctx.save_for_forward(x, transfer)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if gradient is None:
+            return None, None, None, None
         x, transfer, X = ctx.saved_tensors
         G = _spectrum(gradient, ctx.grid)
         size = (x.shape[-2], x.shape[-1])
@@ -195,11 +199,9 @@ class _FourierMultiply(torch.autograd.Function):
 def _multiplicity(grid: Grid, like: Tensor) -> Tensor:
     """How often each frequency of the half spectrum stands in the whole one, over H·W, as (W//2 + 1, 1, 1)."""
     height, width = grid
-    count = torch.full((width // 2 + 1, 1, 1), 2.0, dtype=like.dtype, device=like.device)
-    count[0] = 1
-    if width % 2 == 0:
-        count[-1] = 1
-    return count / (height * width)
+    share = torch.full((width // 2 + 1, 1, 1), 2 / (height * width), dtype=like.dtype, device=like.device)
+    share[:: width // 2 if width % 2 == 0 else width] = 1 / (height * width)  # the frequency 0, and ½
+    return share
 
 
 def fourier_multiply(x: Tensor, transfer: Tensor, grid: Grid, size: Grid) -> Tensor:

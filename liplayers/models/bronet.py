@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,7 @@ from liplayers.models.parts import (
     chosen,
     image_shape,
     make_head,
+    residual,
     sequence,
     subtract_mean,
 )
@@ -47,6 +48,7 @@ def bronet(
     dense: int = 8,
     stem_patch: int | None = None,
     centering: str = "before",
+    start: str = "residual",
     activation: str | Callable[[], nn.Module] = "maxmin",
     head: LayerChoice = "normalized",
     mean: Mean = 0.5,
@@ -77,13 +79,15 @@ def bronet(
             × 5 with stride 2.
         centering: whether the means are subtracted "before" each layer or "after" it, as in the public code; before it,
             they are those of its output up to the border.
+        start: "residual" for equal layers near the identity as in the public code, where their family takes a
+            `residual_depth` (BRO, Cholesky, LiResNet; the others as they start), or "family" for all as they start.
         activation: the activation after each layer: "maxmin", "maxmin_neighbours", "groupsort", "fullsort", "abs",
             "beta_abs", "relu", "tanh" or "identity", or a class or function that makes one.
         head: the last layer: "normalized", "linear", "truncated", or a family's name.
         mean: subtracted from each pixel first, one number or one for each channel.
 
     Raises:
-        UnknownNameError: a layer, activation, centering or head of unknown name.
+        UnknownNameError: a layer, activation, centering, start or head of unknown name.
         ArgumentError: patches larger than the image, sizes below 1.
 
     Source: Lai et al. 2025, arXiv 2505.15174.
@@ -96,9 +100,9 @@ def bronet(
     check_not_negative(bronet, dense=dense, blocks=blocks)
     layer = get_layer(conv, "conv")
     options: dict[str, Any] = {} if rank_ratio is None else {"rank_ratio": rank_ratio}
-    residual = chosen("free" if stem == "free" else "liresnet", "conv_block")
-    maps = [partial(residual, channels)] * blocks
-    maps += [partial(layer, channels, channels, 3, padding=1, **options)] * depth
+    block = chosen("free" if stem == "free" else "liresnet", "conv_block")
+    maps = [partial(residual(block, start, blocks), channels)] * blocks
+    maps += [partial(residual(layer, start, depth), channels, channels, 3, padding=1, **options)] * depth
     backbone = [module for make in maps for module in centred(make, channels, activation, centering)]
     body = around_backbone(
         image,
@@ -111,6 +115,7 @@ def bronet(
         dense=dense,
         stem_patch=stem_patch,
         activation=activation,
+        start=start,
     )
     return sequence(preprocess=subtract_mean(image, mean), body=body, head=make_head(head, width, num_classes))
 
@@ -121,6 +126,7 @@ def _ranked(choice: LayerChoice, role: str, rank_ratio: float | None) -> LayerCh
     if rank_ratio is None or "rank_ratio" not in inspect.signature(make).parameters:
         return choice
 
+    @wraps(make)  # its signature
     def made(inputs: int, outputs: int, kernel_size: int = 1, **arguments: Any) -> nn.Module:
         sizes = inputs * kernel_size**2, outputs
         ratio = rank_ratio if sizes[0] == sizes[1] else min(sizes) / max(sizes)

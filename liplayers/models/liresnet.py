@@ -23,6 +23,7 @@ from liplayers.models.parts import (
     chosen,
     image_shape,
     make_head,
+    residual,
     sequence,
     subtract_mean,
 )
@@ -44,6 +45,7 @@ def liresnet(
     dense: int = 8,
     stem_patch: int | None = None,
     centering: str = "before",
+    start: str = "residual",
     activation: str | Callable[[], nn.Module] = "maxmin",
     head: LayerChoice = "normalized",
     mean: Mean = 0.5,
@@ -70,6 +72,8 @@ def liresnet(
             × 5 with stride 2.
         centering: whether the means are subtracted "before" each layer or "after" it, as in the public code; before it,
             they are those of its output up to the border.
+        start: "residual" for equal layers near the identity as in the public code, where their family takes a
+            `residual_depth` (BRO, Cholesky, LiResNet; the others as they start), or "family" for all as they start.
         activation: the activation after each layer, and after each block that has none inside: "maxmin",
             "maxmin_neighbours", "groupsort", "fullsort", "abs", "beta_abs", "relu", "tanh" or "identity", or a class or
             function that makes one.
@@ -77,7 +81,7 @@ def liresnet(
         mean: subtracted from each pixel first, one number or one for each channel.
 
     Raises:
-        UnknownNameError: a layer, block, activation, centering or head of unknown name.
+        UnknownNameError: a layer, block, activation, centering, start or head of unknown name.
         ArgumentError: patches larger than the image, sizes below 1.
 
     Source: Hu et al. 2023, arXiv 2301.12549; Hu et al. 2024, arXiv 2310.02513.
@@ -91,7 +95,8 @@ def liresnet(
     make = chosen(block, "conv_block")
     has_activation = "activation" in inspect.signature(make).parameters
     follows = None if has_activation else activation
-    backbone = [m for _ in range(depth) for m in centred(partial(make, channels), channels, follows, centering)]
+    one = partial(residual(make, start, depth), channels)
+    backbone = [m for _ in range(depth) for m in centred(one, channels, follows, centering)]
     body = around_backbone(
         image,
         backbone,
@@ -103,5 +108,6 @@ def liresnet(
         dense=dense,
         stem_patch=stem_patch,
         activation=activation,
+        start=start,
     )
     return sequence(preprocess=subtract_mean(image, mean), body=body, head=make_head(head, width, num_classes))

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ __all__ = [
     "flat_size",
     "image_shape",
     "make_head",
+    "residual",
     "sequence",
     "started",
     "subtract_mean",
@@ -138,6 +140,15 @@ def started(layer: nn.Module, start: str) -> nn.Module:
     return layer
 
 
+def residual(make: Callable[..., nn.Module], start: str, depth: int) -> Callable[..., nn.Module]:
+    """One of `depth` equal layers, near the identity where its family takes a `residual_depth`, or as it starts."""
+    if start not in ("residual", "family"):
+        raise UnknownNameError.of("start", start, ("residual", "family"))
+    if start == "family" or "residual_depth" not in inspect.signature(make).parameters:
+        return make
+    return partial(make, residual_depth=depth)
+
+
 def around_backbone(
     image: Shape3d,
     backbone: Sequence[nn.Module],
@@ -150,6 +161,7 @@ def around_backbone(
     dense: int,
     stem_patch: int | None,
     activation: str | Callable[[], nn.Module],
+    start: str,
 ) -> nn.Sequential:
     """What LiResNet and BRONet put around their backbone, which keeps the shape of (channels, height, width).
 
@@ -175,7 +187,9 @@ def around_backbone(
     else:
         body.append(get_layer(patch, "conv")(channels, channels, patch_size, stride=patch_size))
     body.append(nn.Flatten())
-    for _ in range(1 + dense):
-        body += [get_layer(linear, "linear")(features, width), get_activation(activation)]
+    first_dense = get_layer(linear, "linear")
+    further = residual(first_dense, start, dense)
+    for make in (first_dense, *[further] * dense):
+        body += [make(features, width), get_activation(activation)]
         features = width
     return nn.Sequential(*body)

@@ -65,8 +65,7 @@ class _Sort2(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         swapped = ctx.saved_tensors[0].to(first.dtype)
-        kept = 1 - swapped
-        return first * kept + second * swapped, second * kept + first * swapped
+        return torch.lerp(first, second, swapped), torch.lerp(second, first, swapped)  # exact at 0 and 1
 
     jvp = backward  # the derivative is symmetric
 

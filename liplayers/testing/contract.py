@@ -336,6 +336,25 @@ def cached_context_with_other_parameters(subject: Subject) -> None:
             del values
 
 
+def cached_context_of_equal_layers(subject: Subject) -> None:
+    """What `cached(model)` maps together is what each layer maps by itself, up to rounding."""
+    layers, shape = [subject.example(torch.float64)[0] for _ in range(3)], subject.example()[1]
+    for layer in layers:
+        perturb(layer, 0.1)
+    model, x = nn.ModuleList(layers), torch.randn(2, *shape, dtype=torch.float64)
+
+    def run() -> list[Tensor]:
+        outputs = [layer(x) for layer in layers]
+        gradients = torch.autograd.grad(sum(y.pow(3).sum() for y in outputs), list(model.parameters()))
+        return [*outputs, *gradients]
+
+    alone = run()
+    for _ in range(2):  # in the first it learns what is used
+        with cached(model):
+            together = run()
+        torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-9)
+
+
 # Freezing -------------------------------------------------------------------------------------------------------------
 
 
@@ -379,6 +398,7 @@ CONTRACT: dict[Callable[..., Measured | None], tuple] = {  # checks, and what th
     written_weight: (),
     inference_mode: (),
     cached_context: (),
+    cached_context_of_equal_layers: (),
     cached_context_with_other_parameters: (),
     freezing: (torch.float64, torch.float32),
 }
