@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ import liplayers.models
 from liplayers.errors import BundleError, LipschitzError
 from liplayers.text import one_line, printable
 
-__all__ = ["MOST_ENTRIES", "MOST_OPERATIONS", "build_network", "check_settings"]
+__all__ = ["MOST_ENTRIES", "MOST_OPERATIONS", "build_network", "check_network", "check_settings", "portable"]
 
 LARGEST_INTEGER = 2**20  # of a size or a count in a model's settings
 MOST_INPUTS = 2**24  # numbers in one input
@@ -30,6 +31,8 @@ MOST_CLASSES = 2**16
 MOST_ENTRIES = 2**28  # of one weight; 2**26 in BRONet for Tiny-ImageNet
 MOST_OPERATIONS = 20_000  # of torch, to build a network; 2,170 for LipNeXt on ImageNet
 _LEVELS = 30
+_OF_THE_RUN = ("output", "resume", "overwrite", "allow", "threads")
+_PATHS = ("root", "train", "test")  # of data; the last part of each may say what they are
 _PARTS = ("liplayers.", "torch.optim.", "lightning.", "benchmarks.uci.")
 
 
@@ -58,6 +61,31 @@ def check_settings(where: str, node: Any, path: str = "", levels: int = _LEVELS)
         raise BundleError(f"{where}: {path} is {_short(node)}; expected plain numbers and text")
 
 
+def portable(config: Any, of_data: bool = False) -> Any:
+    """Settings of a training without those that mean nothing elsewhere; of paths to data the last part is left.
+
+    Args:
+        config: the settings, or a part of them.
+        of_data: whether it is a part that says what the data are.
+
+    >>> portable({"output": "/home/me/run", "seed": 1, "data": {"root": "/mnt/data/cifar10", "cache": "/tmp"}})
+    {'seed': 1, 'data': {'root': 'cifar10', 'cache': None}}
+    """
+    if isinstance(config, list):
+        return [portable(value, of_data) for value in config]
+    if not isinstance(config, dict):
+        return config
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if of_data and key in _PATHS and isinstance(value, str):
+            found[key] = Path(value).name.replace("..", "") or "data"
+        elif of_data and key == "cache":
+            found[key] = None
+        elif of_data or key not in _OF_THE_RUN:
+            found[key] = portable(value, of_data or key in ("data", "extra"))
+    return found
+
+
 def _is_plain(value: Any) -> bool:
     """Whether a value means itself, here and to omegaconf."""
     if isinstance(value, float):
@@ -74,21 +102,21 @@ def _short(value: Any) -> str:
     return printable(f"{value!r:.60}")
 
 
-def build_network(
+def check_network(
     where: str, settings: Any, input_shape: tuple[int, ...], num_classes: int, state: Mapping[str, Tensor]
-) -> nn.Module:
-    """The network that the settings describe, with new weights; `state` is what is to be loaded into it.
+) -> None:
+    """Raise unless the settings describe a network with these weights; takes no memory for weights.
 
     Args:
         where: what messages begin with.
         settings: of a model in `liplayers.models`, as training writes them.
         input_shape: of one input.
         num_classes: of the logits.
-        state: its names, shapes and dtypes must be those of the network.
+        state: the weights, by the names that they have in the network.
 
     Raises:
         BundleError: settings that are not plain, that name something else than a model or a layer of liplayers, or
-            that build a network with other weights than `state`.
+            that build a network whose weights have other names, shapes or dtypes.
     """
     if not 0 < math.prod(input_shape) <= MOST_INPUTS or not 2 <= num_classes <= MOST_CLASSES:
         raise BundleError(
@@ -97,15 +125,29 @@ def build_network(
         )
     check_settings(where, settings, "model")
     make = _chosen(where, settings, "model", _model)
-    arguments = {"input_shape": input_shape, "num_classes": num_classes}
     with _failures(where), torch.device("meta"), _Bounded():
-        shapes = make(**arguments).state_dict()
+        shapes = make(input_shape=input_shape, num_classes=num_classes).state_dict()
     for name in sorted(shapes.keys() | state.keys()):
         found, expected = (_described(each.get(name)) for each in (state, shapes))
         if found != expected:
             raise BundleError(f"{where}: the raw weight {printable(name)} is {found}, the model has {expected} there")
+
+
+def build_network(where: str, settings: Any, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """The network that settings describe, with new weights; `check_network` has seen that it is no other.
+
+    Args:
+        where: what messages begin with.
+        settings: of a model in `liplayers.models`, as training writes them.
+        input_shape: of one input.
+        num_classes: of the logits.
+
+    Raises:
+        BundleError: settings that build no network.
+    """
+    make = _chosen(where, settings, "model", _model)
     with _failures(where):
-        return make(**arguments)
+        return make(input_shape=input_shape, num_classes=num_classes)
 
 
 def _described(tensor: Tensor | None) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liplayers.bundles.building import build_network, check_settings
+from liplayers.bundles.building import build_network, check_network, check_settings, portable
 from liplayers.bundles.manifest import CONFIG, REPORT, WEIGHTS, check_manifest, json_object
 from liplayers.bundles.places import hub, read_files
 from liplayers.bundles.writing import write_folder
@@ -90,6 +90,8 @@ class Bundle:
         check_manifest(place, files)
         config = read_config(f"{place}/{CONFIG}", files[CONFIG])
         raw, frozen = read_weights(f"{place}/{WEIGHTS}", files[WEIGHTS], config["same"])
+        shape, classes = tuple(config["input_shape"]), len(config["class_names"])
+        check_network(f"{printable(place)}/{CONFIG}", config["config"]["model"], shape, classes, raw)
         return cls(place, dict(files), config, json_object(f"{place}/{REPORT}", files[REPORT]), raw, frozen)
 
     def checkpoint(self) -> Checkpoint:
@@ -117,9 +119,8 @@ class Bundle:
             BundleError: the settings and the weights do not make one network.
             CheckpointError: its layers had other weights for the same parameters when it was made.
         """
-        where = f"{printable(self.place)}/{CONFIG}"
-        settings = self.config["config"]["model"]
-        model = build_network(where, settings, self.input_shape, len(self.class_names), self.raw)
+        where, settings = f"{printable(self.place)}/{CONFIG}", self.config["config"]["model"]
+        model = build_network(where, settings, self.input_shape, len(self.class_names))
         self.checkpoint().load_into(model)
         if not frozen:
             return model
@@ -190,7 +191,7 @@ class Bundle:
                 self.save_pretrained(folder)
                 message = commit_message or f"Upload {self.name}"
                 done = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # the hub's client raises anything
             raise BundleError(f"hf://{printable(repo_id)}: cannot be written ({one_line(error)})") from None
         return str(done.commit_url)
 
@@ -256,6 +257,8 @@ def read_config(where: str, content: bytes) -> dict[str, Any]:
                 f"{where}: {key} is {printable(f'{config[key]!r:.60}')}, which a bundle cannot have there"
             )
     check_settings(where, trained)
+    if portable(trained) != trained:
+        raise BundleError(f"{where}: its settings name places on a machine; expected those of the data by one name")
     return config
 
 

@@ -120,9 +120,9 @@ def _from_https(url: str) -> dict[str, bytes]:
         try:
             with opener.open(address, timeout=_TIMEOUT) as response:
                 return response.read(FILES[name] + 1)
+        except BundleError:
+            raise
         except (OSError, HTTPException, ValueError) as error:
-            if isinstance(error, BundleError):
-                raise
             raise BundleError(f"{printable(address)}: cannot be fetched ({one_line(error)})") from None
 
     return _all(url, read)
@@ -150,7 +150,7 @@ def _from_hub(place: str) -> dict[str, bytes]:
                 )
         folder = client.snapshot_download(repository, revision=info.sha, allow_patterns=list(FILES))
         return _all(place, lambda name: _file(folder, name))
-    except (OSError, ValueError) as error:
-        if isinstance(error, BundleError):
-            raise
+    except BundleError:
+        raise
+    except Exception as error:  # the hub's client raises anything
         raise BundleError(f"{printable(place)}: cannot be fetched ({one_line(error)})") from None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liplayers.bundles.building import portable
 from liplayers.bundles.bundle import FROZEN, RAW, Bundle
 from liplayers.bundles.card import card_text
 from liplayers.bundles.manifest import CARD, CERTIFICATES, CONFIG, FORMAT, MANIFEST, REPORT, WEIGHTS
@@ -21,9 +22,6 @@ from liplayers.errors import BundleError, VerificationError
 from liplayers.extras import extra
 
 __all__ = ["cpu_model", "save_bundle"]
-
-_OF_THE_RUN = ("output", "resume", "overwrite", "allow", "threads")  # settings that mean nothing elsewhere
-_PATHS = ("root", "train", "test")  # of data; the last part of each may say what the data are
 
 
 def save_bundle(
@@ -81,7 +79,7 @@ def save_bundle(
         "input_shape": list(checkpoint.input_shape),
         "class_names": list(checkpoint.class_names),
         "epoch": checkpoint.epoch,
-        "config": _portable(checkpoint.config),
+        "config": portable(checkpoint.config),
         "same": same,
         "about": about,
     }
@@ -129,26 +127,9 @@ def _report_of_bundle(
             "liplayers": checkpoint.version,
             "config": config,
         },
-        "data": {**report["data"], "config": _portable(report["data"]["config"], of_data=True)},
+        "data": {**report["data"], "config": portable(report["data"]["config"], of_data=True)},
         "environment": {**environment, "processor": cpu_model()},
     }
-
-
-def _portable(config: Any, of_data: bool = False) -> Any:
-    """Settings without what belongs to the machine that they were used on."""
-    if isinstance(config, list):
-        return [_portable(value, of_data) for value in config]
-    if not isinstance(config, dict):
-        return config
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if of_data and key in _PATHS and isinstance(value, str):
-            found[key] = Path(value).name
-        elif of_data and key == "cache":
-            found[key] = None
-        elif of_data or key not in _OF_THE_RUN:
-            found[key] = _portable(value, of_data or key in ("data", "extra"))
-    return found
 
 
 def _json(content: Any) -> bytes:
