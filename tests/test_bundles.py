@@ -145,7 +145,12 @@ def test_a_bundle_is_made_by_one_command_and_names_no_place_of_its_maker(run: Pa
     everything = b"".join(path.read_bytes() for path in (tmp_path / "net").iterdir())
     assert b"secret-place" not in everything
     assert os.uname().release.encode() not in everything
-    assert verify(tmp_path / "net", f"data.train={run}/data/train.npz", f"data.test={run}/data/test.npz") == 100
+    for name in ("train", "test"):
+        shutil.copy(run / f"data/{name}.npz", tmp_path / f"my-{name}.npz")  # what they are called makes no difference
+    assert verify(tmp_path / "net", f"data.train={tmp_path}/my-train.npz", f"data.test={tmp_path}/my-test.npz") == 100
+    swapped = [f"data.train={tmp_path}/my-test.npz", f"data.test={tmp_path}/my-train.npz"]
+    with pytest.raises(VerificationError, match=r"report\.json: data\.sha256"):
+        verify(tmp_path / "net", *swapped)
     assert command.main(arguments) == 2
     assert "holds a bundle" in capsys.readouterr().err
 
