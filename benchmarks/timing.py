@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from liplayers.bundles.saving import cpu_model
 from liplayers.certification.report import environment
 
 Step = Callable[[], object]
@@ -118,17 +118,6 @@ def _peak_on_cpu(step: Step) -> int | None:
     first, *_ = (e["args"] for e in sorted(events, key=lambda e: e["ts"]))
     before = first["Total Allocated"] - first["Bytes"]
     return max(e["args"]["Total Allocated"] for e in events) - before
-
-
-def cpu_model() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
 
 
 def machine(device: torch.device) -> dict[str, Any]:

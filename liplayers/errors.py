@@ -12,6 +12,7 @@ from typing import NamedTuple
 __all__ = [
     "ArgumentError",
     "AuditError",
+    "BundleError",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -113,6 +114,10 @@ class DataNotFoundError(DataError, FileNotFoundError):
 
 class CheckpointError(LipschitzError, ValueError):
     """A checkpoint that is missing, truncated, or was not written by liplayers."""
+
+
+class BundleError(LipschitzError, ValueError):
+    """A bundle that is missing, damaged, tampered with, or that asks for more than loading a network."""
 
 
 class OutputError(LipschitzError, OSError):

@@ -4,6 +4,9 @@ from liplayers.bounds import layer_bounds as layer_bounds
 from liplayers.bounds import lipschitz_bound as lipschitz_bound
 from liplayers.bounds import register_bound as register_bound
 from liplayers.bounds import split_head as split_head
+from liplayers.bundles import load_bundle as load_bundle
+from liplayers.bundles import load_pretrained as load_pretrained
+from liplayers.bundles import save_bundle as save_bundle
 from liplayers.core.registry import FAMILIES as FAMILIES
 from liplayers.core.registry import Family as Family
 from liplayers.core.registry import get_layer as get_layer

@@ -39,7 +39,9 @@ def test_a_layer_states_what_it_is_costs_and_comes_from(family: str, role: str):
         assert "rthogonal" in doc
 
 
-ROOMS = ("core", "modules", "layers", "models", "export", "bounds", "audit", "losses", "training", "errors")
+ROOMS = (
+    "core", "modules", "layers", "models", "export", "bounds", "bundles", "audit", "losses", "training", "errors",
+)  # fmt: skip
 
 
 def _documented() -> dict[str, Any]:

@@ -403,8 +403,8 @@ def test_comments_beside_below_and_above(tmp_path):
 START = """
 import contextlib, io, runpy, sys
 slow = {"torch", "lightning", "pandas", "matplotlib", "sklearn", "torchvision"}
-from liplayers.commands import audit_command, certify_command, front_command, train_command
-for command in (audit_command, certify_command, front_command, train_command, "train.py", "certify.py"):
+from liplayers.commands import audit_command, bundle_command, certify_command, front_command, train_command
+for command in (audit_command, bundle_command, certify_command, front_command, train_command, "train.py", "certify.py"):
     sys.argv = [str(command), "--help"]
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
         runpy.run_path(command, run_name="__main__") if isinstance(command, str) else command()

@@ -108,13 +108,15 @@ def use_the_core() -> None:
     assert audit(network, x, labels, radius, margin_lipschitz=constants, certify=network.radius, eps=[], steps=2).holds
     says_what_to_install("export", lp.export_onnx, frozen, "net.onnx", (4,))
     says_what_to_install("export", lp.export_safetensors, frozen, "net.safetensors")
+    says_what_to_install("bundles", lp.load_pretrained, "digits-mlp")
     says_what_to_install("sdp", lipsdp_bound, frozen, (4,))
 
 
 def run_commands() -> None:
     from liplayers import commands
 
-    for command in (commands.train_command, commands.certify_command, commands.audit_command, commands.front_command):
+    for command in (commands.train_command, commands.certify_command, commands.audit_command, commands.front_command,
+                    commands.bundle_command):  # fmt: skip
         for arguments in ([], ["--help"]):
             sys.argv = ["liplayers", *arguments]
             says_what_to_install("train", command)

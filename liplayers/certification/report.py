@@ -18,6 +18,7 @@ from torch import Tensor
 
 import liplayers
 from liplayers.certification.evaluate import Certificates
+from liplayers.certification.evidence import CSV_HEADER
 from liplayers.certification.network import CertifiedNetwork
 from liplayers.certification.radius import parse_radius
 from liplayers.errors import OutputError
@@ -58,7 +59,6 @@ __all__ = [
 
 Radii = Sequence[float | str]
 
-CSV_HEADER = ("index", "label", "prediction", "margin", "radius")
 MOST_RADII = 12  # columns of a table; the report has them all
 MOST_FEATURES = 20  # rows of a table of features; the report has them all
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from liplayers.cli.proving import Certified
 from liplayers.commands.output import console, progress_bar, say
 from liplayers.errors import RefutedError
 
-__all__ = ["audit"]
+__all__ = ["attacked", "audit"]
 
 
 def audit(name: str, one: Certified, samples: int, eps: list[float | str], folder: Path) -> Audit:
@@ -26,20 +27,8 @@ def audit(name: str, one: Certified, samples: int, eps: list[float | str], folde
     Raises:
         RefutedError: a certified point fell; after the files are written.
     """
-    network = one.network
-    inputs, labels = _first(one, samples)
     title, unit = f"{one.data.name} ({one.report['data']['split']})", one.data.unit
-    with progress_bar("auditing") as progress:
-        found = audit_network(
-            network,
-            inputs.to(network.device, torch.float64),
-            labels.to(network.device),
-            one.certificates.radius[: len(inputs)].to(network.device),
-            margin_lipschitz=network.margin_lipschitz.to(network.device),
-            certify=lambda x: network.radius(x).to(x.device),
-            eps=[parse_radius(e) for e in eps],
-            progress=progress,
-        )
+    found = attacked(one, samples, eps)
     files = {
         "audit.json": reports.json_writer(found.summary()),
         "audit.png": reports.figure_writer(audit_figure(found, f"{title}, {name}", unit)),
@@ -54,7 +43,7 @@ def audit(name: str, one: Certified, samples: int, eps: list[float | str], folde
             radius=np.array([r.radius for r in found.fallen]),
         )
     written = reports.write_outputs(folder, files)
-    console.print(audit_table(found, f"audit of {name}: {title}, {len(inputs)} samples"))
+    console.print(audit_table(found, f"audit of {name}: {title}, {found.samples} samples"))
     for path in written:
         say(path)
     if not found.holds:
@@ -64,6 +53,23 @@ def audit(name: str, one: Certified, samples: int, eps: list[float | str], folde
             f"bound is wrong, please report it"
         )
     return found
+
+
+def attacked(one: Certified, samples: int, eps: Sequence[float | str]) -> Audit:
+    """What attacks on the first certificates found; writes nothing."""
+    network = one.network
+    inputs, labels = _first(one, samples)
+    with progress_bar("auditing") as progress:
+        return audit_network(
+            network,
+            inputs.to(network.device, torch.float64),
+            labels.to(network.device),
+            one.certificates.radius[: len(inputs)].to(network.device),
+            margin_lipschitz=network.margin_lipschitz.to(network.device),
+            certify=lambda x: network.radius(x).to(x.device),
+            eps=[parse_radius(e) for e in eps],
+            progress=progress,
+        )
 
 
 def _first(one: Certified, samples: int) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from liplayers.bundles.bundle import load_bundle
 from liplayers.certification import report as reports
 from liplayers.checkpoint import Checkpoint, load_checkpoint, run_folder
 from liplayers.cli.audit import audit
@@ -22,7 +23,7 @@ __all__ = ["certify", "write_and_print"]
 
 
 def certify(cfg: DictConfig) -> dict[str, Any]:
-    """Certify one checkpoint, or compare several; return the summary of each by name.
+    """Certify one checkpoint, or compare several, or a bundle; return the summary of each by name.
 
     With `verify`, compute a report again instead; with `audit`, also attack what was certified.
 
@@ -31,31 +32,42 @@ def certify(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         LipschitzError: a subclass for each cause, with a message of one line.
     """
+    if cfg.bundle is not None and not OmegaConf.is_missing(cfg, "ckpt"):
+        raise ConfigError(f"bundle={cfg.bundle} and ckpt={cfg.ckpt}: give one of them")
     if cfg.verify is not None:
-        return {"verified": verify(cfg)}
-    paths = list(cfg.ckpt) if isinstance(cfg.ckpt, ListConfig) else [cfg.ckpt]
-    if not paths:
-        raise ConfigError(f"ckpt={cfg.ckpt}: expected a checkpoint or a list of them")
-    for path in paths:
-        text("ckpt", path, "a checkpoint or a list of them")
-    checkpoints = dict(zip(_names(paths), map(load_checkpoint, paths), strict=True))
+        return {"verified": len(verify(cfg).certificates.label)}
+    bundle = None if cfg.bundle is None else load_bundle(text("bundle", cfg.bundle, "one bundle"))
+    weights = None if bundle is None or cfg.mode != "proof" else bundle.frozen
+    checkpoints = _checkpoints(cfg) if bundle is None else {bundle.name: bundle.checkpoint()}
     eps = radii("eps", cfg.eps if cfg.eps is not None else next(iter(checkpoints.values())).config.get("eps", []))
     if not eps:  # a report is about radii, and verify takes one without any for damaged
         raise ConfigError("eps=[]: expected at least one radius, such as eps=[0.5,36/255]")
     output = _default_output(list(checkpoints.values()), cfg.data.split)
+    if bundle is not None:
+        output = Path("runs") / f"{bundle.name}-certify-{cfg.data.split}"
     if cfg.output is not None:
         output = Path(text("output", cfg.output, "one folder"))
     if flag("audit", cfg.audit):
         integer("audit_samples", cfg.audit_samples, least=1)
         if cfg.mode != "proof":
             raise ConfigError(f"audit=true needs mode=proof, got mode={cfg.mode}: other figures are not proofs")
-    done = {name: certify_one(checkpoint, cfg, eps) for name, checkpoint in checkpoints.items()}
+    done = {name: certify_one(checkpoint, cfg, eps, weights) for name, checkpoint in checkpoints.items()}
     if len({one.report["data"]["sha256"] for one in done.values()}) > 1:
-        raise ConfigError(f"ckpt={list(paths)}: trained for different data; certify them one at a time")
+        raise ConfigError(f"ckpt={list(cfg.ckpt)}: trained for different data; certify them one at a time")
     write_and_print(done, output, eps)
     for name, one in done.items() if cfg.audit else ():
         audit(name, one, cfg.audit_samples, eps, output if len(done) == 1 else output / name)
     return {name: one.report["results"] for name, one in done.items()}
+
+
+def _checkpoints(cfg: DictConfig) -> dict[str, Checkpoint]:
+    """Those of `cfg.ckpt`, by name."""
+    paths = list(cfg.ckpt) if isinstance(cfg.ckpt, ListConfig) else [cfg.ckpt]
+    if not paths:
+        raise ConfigError(f"ckpt={cfg.ckpt}: expected a checkpoint or a list of them")
+    for path in paths:
+        text("ckpt", path, "a checkpoint or a list of them")
+    return dict(zip(_names(paths), map(load_checkpoint, paths), strict=True))
 
 
 def write_and_print(done: Mapping[str, Certified], output: Path, eps: list[float | str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from liplayers.bundles.bundle import load_bundle
 from liplayers.checkpoint import Checkpoint, load_checkpoint, run_folder
 from liplayers.cli.configuration import DEEPEST, check_config, literal, text, unasked
 from liplayers.commands.help import config_folder
@@ -61,15 +62,25 @@ def certify_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
     """The name of the config that the arguments of `certify` change: with all data settings of the checkpoints."""
     overrides = _parsed(get_args_parser().parse_args(list(arguments)).overrides)
     given = {override.key_or_group for override in overrides}
-    if "ckpt" not in given or not any(key.startswith("data.") for key in given):
+    if not given & {"ckpt", "bundle"} or not any(key.startswith("data.") for key in given):
         return "certify", []
-    ckpt = _value("certify", overrides, "ckpt")
     own = _own("certify")
-    for path in ckpt if isinstance(ckpt, list) else [ckpt]:
-        config = load_checkpoint(text("ckpt", path, "a checkpoint or a list of them")).config
+    for config in _certified_configs(overrides, given):
         own["data"] = dict.fromkeys(filter(lambda key: isinstance(key, str), config["data"])) | own["data"]
     ConfigStore.instance().store(name=OF_CHECKPOINT, node=own)
     return OF_CHECKPOINT, []
+
+
+def _certified_configs(overrides: Sequence[Override], given: set[str]) -> Iterator[dict[str, Any]]:
+    """The configs of the checkpoints and the bundle that are to be certified."""
+    if "bundle" in given:
+        bundle = _value("certify", overrides, "bundle")
+        if bundle is not None:
+            yield load_bundle(text("bundle", bundle, "one bundle")).config["config"]
+    if "ckpt" in given:
+        ckpt = _value("certify", overrides, "ckpt")
+        for path in ckpt if isinstance(ckpt, list) else [ckpt]:
+            yield load_checkpoint(text("ckpt", path, "a checkpoint or a list of them")).config
 
 
 def resumed(cfg: DictConfig) -> DictConfig:

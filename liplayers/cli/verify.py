@@ -1,12 +1,11 @@
-"""Check a report: compute everything again from the checkpoint and the data, and compare."""
+"""Check a report: compute everything again from the checkpoint, or the bundle, and the data, and compare."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,124 +13,158 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from liplayers.bundles.bundle import Bundle, load_bundle
+from liplayers.bundles.card import card_text
+from liplayers.bundles.manifest import CARD, CERTIFICATES, CONFIG, REPORT, WEIGHTS
+from liplayers.certification import Certificates
 from liplayers.certification import report as reports
-from liplayers.certification.network import LARGEST_RADIUS, MODES, state_sha256
+from liplayers.certification.evidence import check_network, read_certificates, read_network, read_report
+from liplayers.certification.network import LARGEST_RADIUS, CertifiedNetwork
 from liplayers.certification.radius import certified_radius
-from liplayers.checkpoint import load_checkpoint, load_tensors
+from liplayers.checkpoint import Checkpoint, load_checkpoint
 from liplayers.cli.configuration import radii, text
 from liplayers.cli.proving import Certified, certify_one
 from liplayers.commands.output import say
-from liplayers.errors import VerificationError
+from liplayers.errors import CheckpointError, DataNotFoundError, VerificationError
+from liplayers.text import one_line
 
-__all__ = ["ABSENT", "NOT_COMPARED", "SPLITS", "TOLERANCE", "Span", "verify"]
+__all__ = ["ABSENT", "NOT_COMPARED", "TOLERANCE", "Evidence", "Span", "verify"]
 
 TOLERANCE = 1e-8  # relative: what another order of summation changes in logits and in proven bounds
 NOT_COMPARED = {"environment", "device", "checkpoint.path", "data.config", "certificates_sha256"}  # the file is
-SPLITS = ("train", "val", "test")
-_LARGEST_FILE = 2**30
-_HASH = re.compile(r"[0-9a-f]{64}")
 
 
-def verify(cfg: DictConfig) -> int:
-    """Compute a report again from `cfg.ckpt` and compare; return the number of samples that agree.
+@dataclass(frozen=True)
+class Evidence:
+    """A report with what it is about.
+
+    Args:
+        path: of the report; its certificates.csv lies, or would lie, beside it.
+        report: as read.
+        lines: of its certificates.csv.
+        checkpoint: of the network.
+        weights: that were certified; None in mode "fast".
+        weights_path: of the file that holds them.
+        bundle: that it all belongs to.
+    """
+
+    path: Path
+    report: dict[str, Any]
+    lines: list[str]
+    checkpoint: Checkpoint
+    weights: Mapping[str, Tensor] | None
+    weights_path: Path
+    bundle: Bundle | None = None
+
+
+def verify(cfg: DictConfig) -> Certified:
+    """Compute a report again, from `cfg.ckpt` or `cfg.bundle` and the data, and compare; return what was computed.
 
     Raises:
-        VerificationError: the report, its certificates.csv or its network.pt differs from what is computed, or cannot
-            be read.
+        VerificationError: the report, its certificates.csv or its weights differ from what is computed, or cannot be
+            read.
+        DataNotFoundError: of a bundle, after everything was compared that needs no data.
         LipschitzError: as in certifying.
     """
-    path = Path(text("verify", cfg.verify, "a report.json"))
-    report = _read(path)
-    stored = _read_certificates(path, report)
-    checkpoint = load_checkpoint(text("ckpt", cfg.ckpt, f"the one checkpoint that {path} is about"))
-    if checkpoint.sha256 != report["checkpoint"]["sha256"]:
-        raise VerificationError(
-            f"{path}: is about a checkpoint with sha256 {report['checkpoint']['sha256'][:12]}…, "
-            f"{cfg.ckpt} has {checkpoint.sha256[:12]}…"
-        )
+    evidence = _evidence(cfg)
+    path, report = evidence.path, evidence.report
     settings = OmegaConf.merge(cfg, {"mode": report["mode"], "data": {"split": report["data"]["split"]}})
     assert isinstance(settings, DictConfig)
     eps = radii(f"{path}: eps", [entry["eps"] for entry in report["results"]["certified_accuracy"]])
-    fresh = certify_one(checkpoint, settings, eps, _weights(path, report))
-    _compare(path, report, json.loads(reports.json_text(fresh.report)))
-    _compare_certificates(path, stored, fresh)
+    try:
+        fresh = certify_one(evidence.checkpoint, settings, eps, evidence.weights)
+    except DataNotFoundError:
+        if evidence.bundle is not None:
+            _verify_without_data(evidence)
+        raise
+    except CheckpointError as error:
+        if evidence.bundle is None:
+            raise
+        raise VerificationError(f"{evidence.weights_path}: {error}") from None
+    stored = report
+    if evidence.bundle is not None and not isinstance(getattr(type(fresh.data.source), "name", None), str):
+        # called after the folder that the data lie in, which may have another name here
+        stored = {**report, "data": {**report["data"], "name": fresh.report["data"]["name"]}}
+    _compare(path, stored, json.loads(reports.json_text(fresh.report)))
+    _compare_certificates(path, evidence.lines, fresh)
     distance = fresh.network.weights_distance
     rounding = f"; computed here, the weights differ by {distance:.1e} of the largest" if distance else ""
     bounds = len(fresh.network.bounds.upper)
-    say(f"verified: {len(stored)} radii, {bounds} layer bounds, accuracies and hashes agree{rounding}")
-    return len(stored)
+    say(f"verified: {len(evidence.lines)} radii, {bounds} layer bounds, accuracies and hashes agree{rounding}")
+    return fresh
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The report, with everything that is used to compute it again."""
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise VerificationError(f"{path}: has {path.stat().st_size} bytes; not a report")
-        report = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
-        hashes = [report["checkpoint"]["sha256"], report["network"]["sha256"], report["certificates_sha256"]]
-        if not all(isinstance(value, str) and _HASH.fullmatch(value) for value in hashes):
-            raise TypeError("not a sha256")
-        if report["mode"] not in MODES or report["data"]["split"] not in SPLITS:
-            raise TypeError("an unknown mode or split")
-        entries = report["results"]["certified_accuracy"]
-        if not entries or not all(isinstance(e["eps"], str) and e["eps"] == e["eps"].strip() for e in entries):
-            raise TypeError("radii that are none")
-        return report
-    except OSError as error:
-        raise VerificationError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:100]
-        raise VerificationError(f"{path}: not a report of certify.py ({reason})") from None
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("an object with the same key twice")
-    return found
-
-
-def _read_certificates(path: Path, report: Mapping[str, Any]) -> list[str]:
-    """The lines of certificates.csv, without the header."""
-    file = path.with_name("certificates.csv")
-    try:
-        content = file.read_bytes()
-        header, *lines, last = content.decode("ascii").split("\n")
-    except (OSError, ValueError) as error:
-        raise VerificationError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if hashlib.sha256(content).hexdigest() != report["certificates_sha256"]:
-        raise VerificationError(f"{file}: is not the file that {path.name} was written with; its hash differs")
-    if header != ",".join(reports.CSV_HEADER) or last:
-        raise VerificationError(f"{file}: begins with {_short(header)}, expected {','.join(reports.CSV_HEADER)}")
-    return lines
-
-
-def _weights(path: Path, report: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
-    """The weights that were certified, from network.pt beside the report."""
-    file = path.with_name("network.pt")
-    if report["mode"] != "proof":
-        return None
-    if not file.is_file():
-        raise VerificationError(f"{file}: is missing; it holds the weights that {path.name} is about")
-    weights = load_tensors(file)
-    if not isinstance(weights, dict) or not all(isinstance(name, str) and _plain(t) for name, t in weights.items()):
+def _evidence(cfg: DictConfig) -> Evidence:
+    """What `cfg.verify` names: a report.json, or, where it is true, that of the bundle."""
+    bundle = None if cfg.bundle is None else load_bundle(text("bundle", cfg.bundle, "a bundle"))
+    if cfg.verify is True and bundle is not None:
+        return _evidence_of_bundle(bundle)
+    path = Path(text("verify", cfg.verify, "a report.json" if bundle is None else "true, or a report.json"))
+    report = read_report(path)
+    lines = read_certificates(path.with_name("certificates.csv"), report)
+    if bundle is None:
+        checkpoint = load_checkpoint(text("ckpt", cfg.ckpt, f"the one checkpoint that {path} is about"))
+    else:
+        checkpoint = bundle.checkpoint()
+    if checkpoint.sha256 != report["checkpoint"]["sha256"]:
         raise VerificationError(
-            f"{file}: is not the network that {path.name} is about; it holds more than plain tensors"
+            f"{path}: is about a checkpoint with sha256 {report['checkpoint']['sha256'][:12]}…, "
+            f"{checkpoint.path} has {checkpoint.sha256[:12]}…"
         )
-    if state_sha256(weights) != report["network"]["sha256"]:
-        raise VerificationError(f"{file}: is not the network that {path.name} is about; its hash differs")
-    return weights
+    file = path.with_name("network.pt")
+    weights = read_network(file, report) if report["mode"] == "proof" else None
+    return Evidence(path, report, lines, checkpoint, weights, file)
 
 
-def _plain(tensor: Any) -> bool:
-    """Whether every entry of a tensor is stored, as it stands."""
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.layout is torch.strided
-        and tensor.device.type == "cpu"
-        and not (tensor.is_neg() or tensor.is_conj() or tensor.is_quantized)
-        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+def _evidence_of_bundle(bundle: Bundle) -> Evidence:
+    """That of a bundle, each file of which is consistent with the others."""
+    folder, checkpoint = Path(bundle.name if "://" in bundle.place else bundle.place), bundle.checkpoint()
+    path, weights_path = folder / REPORT, folder / WEIGHTS
+    report = read_report(path, bundle.files[REPORT])
+    lines = read_certificates(folder / CERTIFICATES, report, bundle.files[CERTIFICATES])
+    if report["mode"] != "proof":
+        raise VerificationError(f"{path}: mode={report['mode']} proves nothing; a bundle has a report of mode=proof")
+    if checkpoint.sha256 != report["checkpoint"]["sha256"]:
+        raise VerificationError(f"{weights_path}: is not the file that {REPORT} is about; its hash differs")
+    bundle.network()
+    check_network(weights_path, bundle.frozen, report)
+    try:
+        card = card_text(bundle.config, report)
+    except (KeyError, TypeError, ValueError) as error:
+        raise VerificationError(f"{path}: not the report of a bundle ({one_line(error)[:100]})") from None
+    if card.encode() != bundle.files[CARD]:
+        raise VerificationError(f"{folder / CARD}: says something else than {CONFIG} and {REPORT}")
+    return Evidence(path, report, lines, checkpoint, bundle.frozen, weights_path, bundle)
+
+
+def _verify_without_data(evidence: Evidence) -> None:
+    """Compare what is proven of the network alone, and the accuracies with the certificates."""
+    bundle = evidence.bundle
+    assert bundle is not None
+    classes = len(bundle.class_names)
+    network = CertifiedNetwork(bundle.network(), bundle.input_shape, classes, weights=bundle.frozen)
+    proven = json.loads(reports.json_text(reports.proofs(network)))
+    _compare(evidence.path, {key: evidence.report[key] for key in proven if key in evidence.report}, proven)
+    results = evidence.report["results"]
+    summary = reports.summary(_as_stored(evidence), [entry["eps"] for entry in results["certified_accuracy"]])
+    _compare(evidence.path, {"results": results}, {"results": json.loads(reports.json_text(summary))})
+    say(
+        f"without the data: {len(network.bounds.upper)} layer bounds and the hashes agree, {len(evidence.lines)} radii "
+        "are NOT verified"
     )
+
+
+def _as_stored(evidence: Evidence) -> Certificates:
+    """What certificates.csv says."""
+    file = evidence.path.with_name(CERTIFICATES)
+    try:
+        table = torch.tensor(
+            [[float(field) for field in line.split(",")] for line in evidence.lines], dtype=torch.float64
+        )
+        _, label, prediction, margin, radius = table.T
+    except ValueError as error:
+        raise VerificationError(f"{file}: not the certificates of certify.py ({one_line(error)[:100]})") from None
+    return Certificates(label.long(), prediction.long(), margin, radius)
 
 
 def _compare(path: Path, stored: Any, fresh: Any) -> None:

@@ -30,6 +30,11 @@ def front_command() -> int:
     return _entry().front_command()
 
 
+def bundle_command() -> int:
+    """`liplayers-bundle`: a bundle of a finished run."""
+    return _entry().bundle_command()
+
+
 def _entry() -> ModuleType:
     """What the commands are, where the packages are there; else one line, and exit status 1."""
     try:

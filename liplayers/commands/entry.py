@@ -25,7 +25,7 @@ from liplayers.errors import ConfigError, LipschitzError, MissingPackageError, U
 from liplayers.extras import extra
 from liplayers.text import one_line
 
-__all__ = ["front_options", "run"]  # the commands are those of the package
+__all__ = ["bundle_options", "front_options", "run"]  # the commands are those of the package
 
 
 def train_command() -> None:
@@ -67,8 +67,39 @@ def front_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="the output folder of a sweep, or of several")
     parser.add_argument("--eps", help="radius such as 108/255; default: the select_eps of the runs")
+    return _with_one_line(parser).parse_args(arguments)
+
+
+def bundle_command() -> int:
+    """`liplayers-bundle`."""
+    with forgiving():
+        bundle_options()
+        from liplayers.cli.bundle import main
+
+        return main()
+
+
+def bundle_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of `liplayers-bundle`."""
+    parser = argparse.ArgumentParser(
+        prog="liplayers-bundle",
+        description="Make a bundle, which anyone can load and verify, of a run that certify.py has certified.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the output folder of a training, or a checkpoint")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="for the bundle, such as bundles/mnist-mlp")
+    parser.add_argument("--command", required=True, help="that trained it, for the card")
+    parser.add_argument("--data", required=True, help="what the data are and where anyone gets them, for the card")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="of certify.py; default: RUN/certify-best-test")
+    parser.add_argument("--name", help="of the bundle; default: that of its folder")
+    parser.add_argument("--machine", help="that trained it; default: the processor of this one")
+    parser.add_argument("--notes", default="", help="for the card: the time it took, figures of other seeds")
+    parser.add_argument("--overwrite", action="store_true", help="replaces a bundle that is there")
+    return _with_one_line(parser).parse_args(arguments)
+
+
+def _with_one_line(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.error = lambda message: _fail(ConfigError(f"{message}; --help lists what there is"))  # type: ignore
-    return parser.parse_args(arguments)
+    return parser
 
 
 def _train(cfg: DictConfig) -> Any:
