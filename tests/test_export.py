@@ -136,6 +136,7 @@ PARTS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Sequential(lp.ScaledAvgPool2d(2), lp.SpatialShift2d(), lp.GlobalL2Pool2d()), (4, 4, 6)),
     (nn.Sequential(lp.Patchify2d(2), lp.PadChannels(20), lp.L2Pool2d(2), lp.BetaAbs(), lp.Abs()), (4, 4, 8)),
     (lp.LipNeXtBlock(5, (4, 3)), (5, 4, 3)),
+    (lp.LipNeXtBlock(5, rotate=False), (5, 4, 3)),
     (nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), lp.SLLConv2dBlock(3, 5, padding_mode="circular")), (3, 5, 4)),
     (lp.CPLConv2dBlock(3, 4, activation=nn.Tanh()), (3, 5, 4)),
     (lp.LBDN(4, (5, 3), 2, learnable=True), (4,)),

@@ -671,7 +671,8 @@ def test_spatial_shift_is_torchs_roll(channels: int, ratio: float, image: tuple[
 
 def dense_block(block: nn.Module, x: Tensor) -> Tensor:
     """The formula of the block with explicit matrices on the flattened image."""
-    R, M = block.rotation.detach(), block.mixing.detach()
+    M = block.mixing.detach()
+    R = torch.eye(len(M), dtype=M.dtype) if block.rotation is None else block.rotation.detach()
     c, h, w = x.shape[1:]
     P = torch.zeros(c, h, w, c, h, w, dtype=x.dtype)  # the shift as a matrix
     group = max(1, min(round(block.shift.ratio * c), c // 4))
@@ -698,6 +699,7 @@ def dense_block(block: nn.Module, x: Tensor) -> Tensor:
         {"image_size": (3, 5), "beta": 1.0, "shift_ratio": 0.25},
         {"beta": 0.0, "bias": False},
         {"shift_ratio": 1 / 8, "beta": 0.3},
+        {"image_size": (3, 5), "rotate": False},
     ],
 )
 def test_block_is_its_dense_formula(channels: int, arguments: dict):

@@ -232,6 +232,15 @@ def test_lbdn_as_its_code_has_it():
     check_network(model)
 
 
+def test_lipnext_in_stages():
+    options = {"patch_size": 2, "rotate": False, "position": False, "dense": 1, "dense_width": 7}
+    model = lipnext(IMAGE, 3, width=[6, 8], depth=[1, 2], pool="flat", **options)
+    check_network(model)
+    assert [layer.channels for layer in model.modules() if isinstance(layer, lp.LipNeXtBlock)] == [6, 8, 8]
+    dense = [layer for layer in model.modules() if isinstance(layer, lp.ManifoldLinear)]
+    assert [(layer.in_features, layer.out_features) for layer in dense] == [(8 * IMAGE[1] // 4 * IMAGE[2] // 4, 7)]
+
+
 @pytest.mark.parametrize("stem", ["rko", "aoc", "bro"])
 @pytest.mark.parametrize("position", [True, False])
 def test_lipnext_takes_every_strided_stem(stem: str, position: bool):
@@ -383,6 +392,9 @@ def test_lipconvnet_n_has_n_convolutions_and_1024_features(n: int):
         (lbdn, {"dense_block": "cpl"}, "cpl"),
         (lbdn, {"activation": "maxmin"}, "activation"),
         (lipnext, {"patch_size": 3}, "patch_size=3"),
+        (lipnext, {"width": [4, 4], "depth": 2}, "as many of one"),
+        (lipnext, {"width": [4, 0], "depth": [1, 1]}, "width of stage 2=0"),
+        (lipnext, {"pool": "flaat"}, "flaat"),
         (lipnext, {"stem": "bcop"}, "stride"),
         (lipnext, {"beta": 2}, "beta=2"),
         (sllnet, {"pool": 9}, "pool=9"),

@@ -132,6 +132,7 @@ SHAPED: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, 2), (4, 5, 5)),
     (lp.CPLConv2dBlock(3, 4, activation=nn.Tanh()), (3, 5, 4)),
     (lp.LipNeXtBlock(5, (4, 3)), (5, 4, 3)),
+    (lp.LipNeXtBlock(5, rotate=False), (5, 4, 3)),
 ]
 
 

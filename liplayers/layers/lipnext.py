@@ -6,6 +6,7 @@ drift from it is counted in the block's bound.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 import torch
@@ -30,11 +31,14 @@ __all__ = ["LipNeXtBlock"]
 class LipNeXtBlock(ManifoldModule):
     r"""y = σ(M Rᵀ S(R(x + p)) + b) at each pixel: R and M orthogonal, S a spatial shift, σ = β-abs.
 
+    Without R (`rotate=False`) it is σ(M S(x + p) + b): the M of the block before turns the channels already, at half
+    the cost.
+
     A nonlinear 1-Lipschitz map while R and M are orthogonal, as they are at initialisation and under `ManifoldAdamW`;
     it preserves norms of differences wherever σ does not fold. With any optimiser the bound is ‖M Rᵀ‖·‖R‖, each a
     proven bound of the matrix that runs (`near_isometry_bound`). S is `SpatialShift2d`, and σ takes the absolute value
     of the first round(β·channels) channels. Supports every image size without p, one size with it. Signal gain at
-    initialisation is 1. Cost: two 1 × 1 convolutions and a copy; M Rᵀ is multiplied once.
+    initialisation is 1. Cost: two 1 × 1 convolutions (one without R) and a copy; M Rᵀ is multiplied once.
 
     Args:
         channels: channels of input and output.
@@ -42,6 +46,7 @@ class LipNeXtBlock(ManifoldModule):
             None for none.
         shift_ratio: share of the channels that moves in each direction, up to 1/4.
         beta: share of the channels that σ folds.
+        rotate: whether R is there.
         bias: whether b is there.
         device: of the parameters.
         dtype: of the parameters.
@@ -60,9 +65,8 @@ class LipNeXtBlock(ManifoldModule):
     torch.Size([2, 8, 7, 5])
     """
 
-    rotation: nn.Parameter
+    rotation: nn.Parameter | None
     mixing: nn.Parameter
-    manifold_names = ("rotation", "mixing")
     run_as_they_are = frozenset({"bias", "position"})
 
     def __init__(
@@ -72,6 +76,7 @@ class LipNeXtBlock(ManifoldModule):
         *,
         shift_ratio: float = 1 / 16,
         beta: float = 0.5,
+        rotate: bool = True,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -86,7 +91,7 @@ class LipNeXtBlock(ManifoldModule):
         self.shift = SpatialShift2d(shift_ratio)
         self.activation = BetaAbs(beta, dim=-3)
 
-        self.rotation = self.new_parameter((channels, channels), device, dtype)
+        self.rotation = self.new_parameter((channels, channels), device, dtype) if rotate else None
         self.mixing = self.new_parameter((channels, channels), device, dtype)
         shape = None if self.image_size is None else (channels, *self.image_size)
         self.position = None if shape is None else self.new_parameter(shape, device, dtype)
@@ -95,15 +100,18 @@ class LipNeXtBlock(ManifoldModule):
 
     def reset_parameters(self) -> None:
         """R and M orthogonal, no position embedding, no bias."""
-        fill_orthogonal_(self.rotation)
-        fill_orthogonal_(self.mixing)
+        for name in self.raw_names:
+            fill_orthogonal_(getattr(self, name))
         for parameter in (self.position, self.bias):
             if parameter is not None:
                 nn.init.zeros_(parameter)
 
-    def map_weight(self, rotation: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor]:
-        """M Rᵀ and R."""
-        return mixing @ rotation.mT, rotation
+    def map_weight(self, *raw: Tensor) -> tuple[Tensor, ...]:
+        """R and M Rᵀ, or M alone: what acts before the shift, and after it."""
+        if self.rotation is None:
+            return raw
+        rotation, mixing = raw
+        return rotation, mixing @ rotation.mT
 
     def _check_input(self, x: Tensor) -> None:
         size = self.image_size or x.shape[-2:]
@@ -115,10 +123,11 @@ class LipNeXtBlock(ManifoldModule):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        mixed, rotation = self.effective()
+        *before, mixed = self.effective()
         y = x if self.position is None else x + self.position
-        y = self.shift(F.conv2d(y, rotation[:, :, None, None]))
-        y = F.conv2d(y, mixed[:, :, None, None], self.bias)
+        for rotation in before:
+            y = F.conv2d(y, rotation[:, :, None, None])
+        y = F.conv2d(self.shift(y), mixed[:, :, None, None], self.bias)
         return self.activation(y)
 
     def check_parts(self) -> None:
@@ -131,20 +140,20 @@ class LipNeXtBlock(ManifoldModule):
         self.check_parts()
         dtype = self.executed_dtype()
         with torch.no_grad():
-            mixed, rotation = (near_isometry_bound(W.to(dtype)) for W in self.effective())
-            return (mixed * rotation).item()
+            return math.prod(near_isometry_bound(W.to(dtype)).item() for W in self.effective())
 
     def frozen(self, shape: tuple[int, ...] | None) -> nn.Module:
         def pointwise(matrix: Tensor, bias: Tensor | None) -> nn.Conv2d:
             plain = nn.Conv2d(self.channels, self.channels, 1, bias=False, device="meta")
             return filled(plain, matrix[:, :, None, None], bias)
 
-        mixed, rotation = self.effective()
+        *before, mixed = self.effective()
         parts: OrderedDict[str, nn.Module] = OrderedDict()
         if self.position is not None:
             parts["position"] = PositionEmbedding(self.position.shape, device="meta")
             parts["position"].position = constant(self.position)
-        parts["rotation"] = pointwise(rotation, None)
+        for rotation in before:
+            parts["rotation"] = pointwise(rotation, None)
         parts["shift"] = self.shift
         parts["mixing"] = pointwise(mixed, self.bias)
         parts["activation"] = self.activation
@@ -153,7 +162,9 @@ class LipNeXtBlock(ManifoldModule):
     def extra_repr(self) -> str:
         return (
             f"channels={self.channels}, image_size={self.image_size}, shift_ratio={self.shift.ratio:g}, "
-            f"beta={self.beta:g}, bias={self.bias is not None}"
+            f"beta={self.beta:g}"
+            + ("" if self.rotation is not None else ", rotate=False")
+            + f", bias={self.bias is not None}"
         )
 
 

@@ -49,13 +49,12 @@ def retract_(W: Tensor) -> Tensor:
 
 
 class ManifoldModule(ParametrizedModule, abstract=True):
-    """A module whose parameters named in `manifold_names` are OrthogonalParameters, and stay so.
+    """A module whose raw parameters are OrthogonalParameters, and stay so.
 
     torch replaces parameters by plain ones in `load_state_dict(assign=True)` and in some casts and moves; they are
     marked again, in place, since an optimizer may hold them already.
     """
 
-    manifold_names: tuple[str, ...] = ("raw",)
     constant_estimate = False
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -68,7 +67,7 @@ class ManifoldModule(ParametrizedModule, abstract=True):
         return result
 
     def _mark(self) -> None:
-        for name in self.manifold_names:
+        for name in self.raw_names:
             parameter = self._parameters.get(name)
             if parameter is not None and type(parameter) is nn.Parameter:
                 parameter.__class__ = OrthogonalParameter
@@ -80,7 +79,7 @@ class ManifoldModule(ParametrizedModule, abstract=True):
 
     def retract_(self) -> None:
         """Put the weights back on the manifold; `ManifoldAdamW` and `ManifoldMuon` do so by themselves."""
-        for name in self.manifold_names:
+        for name in self.raw_names:
             retract_(getattr(self, name))
 
 
