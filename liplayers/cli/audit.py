@@ -6,12 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from liplayers.audit.audit import Audit
-from liplayers.audit.audit import audit as audit_network
 from liplayers.audit.report import audit_figure, audit_table
-from liplayers.certification import parse_radius
 from liplayers.certification import report as reports
 from liplayers.cli.proving import Certified
 from liplayers.commands.output import console, progress_bar, say
@@ -26,20 +23,10 @@ def audit(name: str, one: Certified, samples: int, eps: list[float | str], folde
     Raises:
         RefutedError: a certified point fell; after the files are written.
     """
-    network = one.network
-    inputs, labels = _first(one, samples)
-    title, unit = f"{one.data.name} ({one.report['data']['split']})", one.data.unit
+    title, unit = one.certification.title, one.data.unit
     with progress_bar("auditing") as progress:
-        found = audit_network(
-            network,
-            inputs.to(network.device, torch.float64),
-            labels.to(network.device),
-            one.certificates.radius[: len(inputs)].to(network.device),
-            margin_lipschitz=network.margin_lipschitz.to(network.device),
-            certify=lambda x: network.radius(x).to(x.device),
-            eps=[parse_radius(e) for e in eps],
-            progress=progress,
-        )
+        found = one.certification.audit(samples, eps=eps, progress=progress)
+    assert isinstance(found, Audit)  # of a classifier
     files = {
         "audit.json": reports.json_writer(found.summary()),
         "audit.png": reports.figure_writer(audit_figure(found, f"{title}, {name}", unit)),
@@ -54,7 +41,7 @@ def audit(name: str, one: Certified, samples: int, eps: list[float | str], folde
             radius=np.array([r.radius for r in found.fallen]),
         )
     written = reports.write_outputs(folder, files)
-    console.print(audit_table(found, f"audit of {name}: {title}, {len(inputs)} samples"))
+    console.print(audit_table(found, f"audit of {name}: {title}, {found.samples} samples"))
     for path in written:
         say(path)
     if not found.holds:
@@ -64,14 +51,3 @@ def audit(name: str, one: Certified, samples: int, eps: list[float | str], folde
             f"bound is wrong, please report it"
         )
     return found
-
-
-def _first(one: Certified, samples: int) -> tuple[Tensor, Tensor]:
-    inputs, labels, count = [], [], 0
-    for x, y in one.data.eval_loader(one.report["data"]["split"]):
-        inputs.append(x)
-        labels.append(y)
-        count += len(x)
-        if count >= samples:
-            break
-    return torch.cat(inputs)[:samples], torch.cat(labels)[:samples]
