@@ -13,6 +13,8 @@ from liplayers.core.registry import get_layer as get_layer
 from liplayers.core.registry import register as register
 from liplayers.core.weights import cached as cached
 from liplayers.errors import LipschitzError as LipschitzError
+from liplayers.evaluator import Certification as Certification
+from liplayers.evaluator import certify as certify
 from liplayers.export import export_onnx as export_onnx
 from liplayers.export import export_program as export_program
 from liplayers.export import export_safetensors as export_safetensors

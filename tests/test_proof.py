@@ -20,12 +20,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import liplayers as lp
 from liplayers import cli
 from liplayers.certification import CertifiedNetwork, certified_radius
 from liplayers.certification.network import LARGEST_RADIUS
+from liplayers.checkpoint import load_checkpoint
+from liplayers.cli.configuration import build
+from liplayers.data import DataModule, Digits
 from liplayers.errors import (
     ArgumentError,
     CheckpointError,
@@ -453,6 +457,27 @@ def test_a_report_verifies_and_writes_nothing(folder: Path):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert verify(folder) == 359
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_what_python_saves_of_a_checkpoint_is_what_the_command_writes(folder: Path):
+    path = folder / "checkpoints/best.ckpt"
+    command = json.loads((folder / "report/report.json").read_text())
+    checkpoint = load_checkpoint(path)
+    model = build(OmegaConf.create(checkpoint.config["model"]), input_shape=(1, 8, 8), num_classes=10)
+    checkpoint.load_into(model)
+    eps = [row["eps"] for row in command["results"]["certified_accuracy"]]
+    found = lp.certify(model.eval(), DataModule(Digits()), eps=eps, checkpoint=path)
+    (folder / "report").rename(folder / "command")
+    assert {p.name for p in found.save(folder / "report")} == {p.name for p in (folder / "command").iterdir()}
+    python = json.loads((folder / "report/report.json").read_text())
+    assert list(python) == list(command)
+    for report in (python, command):
+        del report["environment"]
+        report["checkpoint"]["path"] = None
+    assert python == command
+    files = [(folder / name / "certificates.csv").read_bytes() for name in ("report", "command")]
+    assert files[0] == files[1]
+    assert verify(folder) == 359
 
 
 def test_a_report_in_fast_mode_verifies(folder: Path):

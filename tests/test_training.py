@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -203,7 +204,11 @@ def test_resume_of_a_finished_run_says_so(limits, tmp_path, capsys):
     train(tmp_path / "run", *limits)
     last = tmp_path / "run/checkpoints/last.ckpt"
     trained = load_checkpoint(last)
-    assert "nothing was left" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing was left" not in said
+    epochs = [line for line in said.splitlines() if line.startswith("epoch ")]  # as printed to no terminal
+    assert len(epochs) == trained.epoch + 1
+    assert re.match(r"epoch 1( of \d+)?: clean [\d.e-]+, ε=[\d.]+ [\d.e-]+, [\d.]+ s$", epochs[0])
     cli.train(compose("train", f"output={tmp_path}/run", f"resume={last}"))
     assert f"nothing was left to train: {last} is at step {trained.global_step}; to go on" in capsys.readouterr().out
     assert load_checkpoint(last).global_step == trained.global_step

@@ -21,7 +21,6 @@ from liplayers.bounds.rounding import RoundingAnalysis
 from liplayers.bounds.twin import twin
 from liplayers.certification import Certificates, CertifiedNetwork, certified_radius, certify, report
 from liplayers.certification.network import LARGEST_RADIUS
-from liplayers.cli.proving import Certified
 from liplayers.cli.verify import _compare_certificates
 from liplayers.core.precision import exact_precision
 from liplayers.errors import ArgumentError, CheckpointError, LipschitzError, VerificationError
@@ -537,7 +536,7 @@ def test_a_weight_is_computed_from_parameters_of_one_moment():
 # Reports --------------------------------------------------------------------------------------------------------------
 
 
-def reported(mode: str = "proof", last_bias: float = 0.0) -> tuple[Certified, list[str], Tensor]:
+def reported(mode: str = "proof", last_bias: float = 0.0) -> tuple[Any, list[str], Tensor]:
     """A network with two equal rows in its head, certified on samples of which one is huge."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), lp.AOLLinear(4, 8), lp.MaxMin(), nn.Linear(8, 4))
@@ -551,7 +550,9 @@ def reported(mode: str = "proof", last_bias: float = 0.0) -> tuple[Certified, li
     batches = [(part, torch.zeros(len(part), dtype=torch.long)) for part in x.split(16)]
     certificates = certify(network, batches, input_range=None)
     data: Any = SimpleNamespace(eval_loader=lambda split: batches)
-    fresh = Certified(network, data, certificates, {"data": {"split": "test"}})
+    fresh: Any = SimpleNamespace(
+        network=network, data=data, certificates=certificates, report={"data": {"split": "test"}}
+    )
     return fresh, report.csv_text(certificates).splitlines()[1:], x
 
 

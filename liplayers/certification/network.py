@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -19,8 +19,9 @@ from liplayers.certification.radius import certified_radius
 from liplayers.core.precision import Setting, exact_precision, held
 from liplayers.errors import ArgumentError, CheckpointError, ShapeError, UnknownBoundError, UnknownNameError
 from liplayers.export.freeze import check_plain, freeze
+from liplayers.linalg.norms import rounded_up, row_distances
 
-__all__ = ["LARGEST_RADIUS", "MODES", "SAME_WEIGHTS", "CertifiedNetwork", "state_sha256"]
+__all__ = ["LARGEST_RADIUS", "MODES", "SAME_WEIGHTS", "CertifiedNetwork", "Outputs", "state_sha256"]
 
 MODES = ("proof", "fast")
 SAME_WEIGHTS = 1e-5  # relative to the largest entry: what orders of summation make of weights in float32
@@ -37,16 +38,53 @@ class _Proven:
     mode: str
     device: torch.device
     input_shape: tuple[int, ...]
-    num_classes: int
+    output_shape: tuple[int, ...]
+    num_classes: int | None
     network: nn.Module
     bounds: ClassifierBounds
-    margin_lipschitz: Tensor
+    margin_lipschitz: Tensor | None
     stored_dtypes: dict[str, torch.dtype]
     weights_distance: float
     analysis: RoundingAnalysis | None
     probe: Tensor  # (1, *input_shape), of which it gives these logits as long as nothing changes it
     probed: Tensor
     roundings: dict[float, Rounding] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a `CertifiedNetwork` gave for a batch of inputs, and the rounding of that.
+
+    Attributes:
+        network: that gave them.
+        values: (N, *output_shape), where and in the dtype that it runs in.
+        norms: (N,), at least ‖x‖₂ of each input.
+        finite: (N,), whether the input is.
+    """
+
+    network: CertifiedNetwork
+    values: Tensor
+    norms: Tensor
+    finite: Tensor
+
+    @property
+    def exact(self) -> Tensor:
+        """The values on the CPU in float64."""
+        return self.values.cpu().double()
+
+    def radii(self, formula: Callable[[Tensor], Tensor]) -> Tensor:
+        """The radii that a formula gives, (N, *), with the rounding of outputs in balls of that size counted.
+
+        Args:
+            formula: (N,) errors e of the outputs, ‖f̂ − f‖₂ ≤ e here and in the ball, → (N, *) radii, the smaller the
+                larger e.
+        """
+        radius = formula(torch.zeros(len(self.norms), dtype=torch.float64))
+        if self.network.mode == "proof" and radius.numel():
+            # what is left when rounding is subtracted is smaller: the ball of `radius` holds all inputs that count
+            error = self.network.error_within(self.norms, radius.flatten(1).amax(1) if radius.dim() > 1 else radius)
+            radius = formula(error).clamp_max(LARGEST_RADIUS)
+        return torch.where(self.finite.reshape(-1, *[1] * (radius.dim() - 1)), radius, 0.0)
 
 
 class CertifiedNetwork(nn.Module):
@@ -62,7 +100,8 @@ class CertifiedNetwork(nn.Module):
     Args:
         model: any classifier whose parts are known; not changed.
         input_shape: of one input, without the batch dimension.
-        num_classes: of the logits, at least 2.
+        num_classes: of the logits, at least 2; None for outputs of any shape, which `liplayers.certification.tasks` are
+            about.
         mode: "proof" or "fast".
         device: where it runs; in mode "proof" the weights are always computed on the CPU.
         weights: those of an earlier `CertifiedNetwork`, to run instead of those computed here, which may
@@ -72,7 +111,9 @@ class CertifiedNetwork(nn.Module):
         network: what runs.
         bounds: proven bounds of each layer, of the body below the linear head, and of the whole.
         margin_lipschitz: (K, K), of the logit differences.
-        mode, device, dtype, input_shape, num_classes: where and on what it runs.
+        lipschitz: of the whole map.
+        output_lipschitz: of each output alone, (M,), in the order of their flattened shape.
+        mode, device, dtype, input_shape, output_shape, num_classes: where and on what it runs.
         stored_dtypes: of `weights()`, by name.
         weights_distance: how far the given weights are from those computed here.
 
@@ -93,7 +134,7 @@ class CertifiedNetwork(nn.Module):
         self,
         model: nn.Module,
         input_shape: tuple[int, ...],
-        num_classes: int,
+        num_classes: int | None = None,
         *,
         mode: str = "proof",
         device: torch.device | str = "cpu",
@@ -101,8 +142,10 @@ class CertifiedNetwork(nn.Module):
     ) -> None:
         if mode not in MODES:
             raise UnknownNameError.of("mode", mode, MODES)
-        if num_classes < 2:
-            raise ShapeError(f"num_classes={num_classes}; a certificate needs at least two classes")
+        if num_classes is not None and num_classes < 2:
+            raise ShapeError(
+                f"num_classes={num_classes}; a certificate needs at least two classes; leave it out for other outputs"
+            )
         super().__init__()
         self.training = False
         self.__proven = _prove(model, tuple(input_shape), num_classes, mode, torch.device(device), weights)
@@ -113,7 +156,7 @@ class CertifiedNetwork(nn.Module):
         self._check_surroundings()
         proven = self.__proven
         logits = _evaluate(proven.network, proven.device, self._own(inputs))
-        if logits.dim() != 2 or logits.shape[1] != proven.num_classes:
+        if proven.num_classes is not None and tuple(logits.shape[1:]) != (proven.num_classes,):
             raise ShapeError(f"the model has {tuple(logits.shape)} logits, the data {proven.num_classes} classes")
         return logits
 
@@ -128,21 +171,24 @@ class CertifiedNetwork(nn.Module):
     @torch.no_grad()
     def logits_and_radius(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """(N, K) and (N,), from one evaluation; the radius is that of `radius`."""
-        proven = self.__proven
+        outputs = self.outputs(inputs)
+        exact, constants = outputs.exact, self.margin_lipschitz
+        radius = outputs.radii(lambda e: certified_radius(exact, constants, e[:, None].expand_as(exact)))
+        return outputs.values, radius
+
+    @torch.no_grad()
+    def outputs(self, inputs: Tensor) -> Outputs:
+        """What it gives for inputs (N, *input_shape), with what is proven of that."""
         inputs = self._own(inputs)  # what runs and what is measured are the same, whoever writes to the caller's
-        logits = self(inputs)
-        exact = logits.cpu().double()
-        radius = certified_radius(exact, proven.margin_lipschitz)
-        if proven.analysis is not None:
-            # what is left when rounding is subtracted is smaller: the ball of `radius` holds all inputs that count
-            error = self.logit_error(inputs, radius)
-            proof = certified_radius(exact, proven.margin_lipschitz, error[:, None].expand_as(exact))
-            radius = proof.clamp_max(LARGEST_RADIUS)
-        return logits, torch.where(inputs.flatten(1).isfinite().all(1).cpu(), radius, 0.0)
+        return Outputs(self, self(inputs), _upper_norm(inputs), inputs.flatten(1).isfinite().all(1).cpu())
 
     def logit_error(self, inputs: Tensor, radius: Tensor) -> Tensor:
         """(N,), proven for each logit of every input within LARGEST_RADIUS and within `radius`, (N,), of these."""
-        reach = _upper_norm(inputs) + radius.clamp_max(LARGEST_RADIUS)
+        return self.error_within(_upper_norm(inputs), radius)
+
+    def error_within(self, norms: Tensor, radius: Tensor) -> Tensor:
+        """(N,): ‖f̂ − f‖₂ ≤ e for every input within LARGEST_RADIUS and within `radius` of one of norm `norms`, (N,)."""
+        reach = norms + radius.clamp_max(LARGEST_RADIUS)
         return torch.tensor([self.rounding(r).error for r in reach.tolist()], dtype=torch.float64)
 
     def rounding(self, input_norm: float) -> Rounding:
@@ -176,7 +222,21 @@ class CertifiedNetwork(nn.Module):
 
     @property
     def margin_lipschitz(self) -> Tensor:
-        return self.__proven.margin_lipschitz.clone()
+        constants = self.__proven.margin_lipschitz
+        if constants is None:
+            raise ShapeError(
+                f"the model's outputs are {self.output_shape} for each sample; the logits of classes are (K,), K ≥ 2"
+            )
+        return constants.clone()
+
+    @property
+    def lipschitz(self) -> float:
+        return self.__proven.bounds.upper[""]
+
+    @property
+    def output_lipschitz(self) -> Tensor:
+        proven = self.__proven
+        return _output_lipschitz(proven.bounds, proven.output_shape)
 
     @property
     def mode(self) -> str:
@@ -196,7 +256,12 @@ class CertifiedNetwork(nn.Module):
         return self.__proven.input_shape
 
     @property
-    def num_classes(self) -> int:
+    def output_shape(self) -> tuple[int, ...]:
+        """Of the outputs for one input."""
+        return self.__proven.output_shape
+
+    @property
+    def num_classes(self) -> int | None:
         return self.__proven.num_classes
 
     @property
@@ -312,7 +377,7 @@ class CertifiedNetwork(nn.Module):
 def _prove(
     model: nn.Module,
     input_shape: tuple[int, ...],
-    num_classes: int,
+    num_classes: int | None,
     mode: str,
     device: torch.device,
     weights: Mapping[str, Tensor] | None,
@@ -328,7 +393,7 @@ def _prove(
         stored = {name: tensor.dtype for name, tensor in network.state_dict().items()}
         network = network.double() if mode == "proof" else network
         bounds = classifier_bounds(network, input_shape)
-        constants = bounds.split.margin_lipschitz(num_classes).double().cpu()
+        constants = None if num_classes is None else bounds.split.margin_lipschitz(num_classes).double().cpu()
     if mode == "proof":
         analysis = RoundingAnalysis(network, input_shape, bounds.upper)  # which needs it on the CPU
     runs = (copy.deepcopy(network) if analysis is not None and device.type != "cpu" else network).to(device)
@@ -336,9 +401,38 @@ def _prove(
     probe = torch.rand(1, *input_shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     probe = probe.to(device, dtype)
     probed = _evaluate(runs, device, probe.clone())
+    if not isinstance(probed, Tensor) or probed.shape[:1] != (1,):
+        got = tuple(probed.shape) if isinstance(probed, Tensor) else type(probed).__name__
+        raise ShapeError(f"the model gives {got} for one sample; expected a tensor (1, …)")
+    shape = tuple(probed.shape[1:])
+    if constants is None and len(shape) == 1 and shape[0] >= 2:
+        constants = bounds.split.margin_lipschitz(shape[0]).double().cpu()
     return _Proven(
-        mode, device, input_shape, num_classes, runs, bounds, constants, stored, distance, analysis, probe, probed
+        mode,
+        device,
+        input_shape,
+        shape,
+        num_classes,
+        runs,
+        bounds,
+        constants,
+        stored,
+        distance,
+        analysis,
+        probe,
+        probed,
     )
+
+
+def _output_lipschitz(bounds: ClassifierBounds, output_shape: tuple[int, ...]) -> Tensor:
+    """Of each output alone, (M,): the body's bound times the norm of its row of the head, else the whole bound."""
+    head, entries = bounds.split.head, math.prod(output_shape)
+    weight = None if head is None else head.weight
+    if not isinstance(weight, Tensor) or output_shape != weight.shape[:1]:
+        return torch.full((entries,), bounds.upper[""], dtype=torch.float64)
+    rows = weight.detach().double().cpu()
+    norms = row_distances(torch.cat([rows, torch.zeros_like(rows[:1])]))  # from a row of zeros
+    return rounded_up(bounds.split.body_bound * norms)[:-1, -1]
 
 
 def _evaluate(network: nn.Module, device: torch.device, inputs: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 import liplayers
-from liplayers.certification.evaluate import Certificates
+from liplayers.certification.certificates import Certificates
 from liplayers.certification.evidence import CSV_HEADER
 from liplayers.certification.network import CertifiedNetwork
 from liplayers.certification.radius import parse_radius
+from liplayers.checkpoint import Checkpoint
 from liplayers.errors import OutputError
 from liplayers.extras import extra
 from liplayers.files import held, save_tensors
@@ -38,6 +40,8 @@ __all__ = [
     "MOST_RADII",
     "STATEMENTS",
     "Radii",
+    "certificates_bytes",
+    "checkpoint_entry",
     "csv_text",
     "curve",
     "environment",
@@ -159,6 +163,17 @@ def summary(certificates: Certificates, eps: Radii) -> dict[str, Any]:
     }
 
 
+def checkpoint_entry(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a report says of the checkpoint that a model is from."""
+    return {
+        "path": str(checkpoint.path),
+        "sha256": checkpoint.sha256,
+        "epoch": checkpoint.epoch,
+        "liplayers": checkpoint.version,
+        "config": checkpoint.config,
+    }
+
+
 def original_units(
     names: Sequence[str], mean: Sequence[float], std: Sequence[float], mean_radius: float
 ) -> dict[str, Any]:
@@ -215,10 +230,11 @@ def curve(results: Mapping[str, Certificates], title: str, unit: str) -> Figure:
     axes = figure.add_subplot()
     largest = 0.0
     for name, certificates in results.items():
-        radii = certificates.radius[certificates.correct].double()
+        counted = torch.ones_like(certificates.correct) if certificates.counted is None else certificates.counted
+        radii = certificates.radius[certificates.correct & counted].double()
         finite = radii[radii.isfinite()].sort().values.numpy()
         x = np.concatenate([[0.0], finite])
-        y = 100 * (len(radii) - np.arange(len(x))) / len(certificates.label)
+        y = 100 * (len(radii) - np.arange(len(x))) / int(counted.sum())
         axes.step(x, y, where="post", label=f"clean {100 * certificates.clean_accuracy:.1f} %: {printable(name)}")
         largest = max(largest, float(x[-1]))
     axes.set(ylabel="certified accuracy (%)", xlim=(0, largest * 1.02 or 1.0), ylim=(0, 100))
@@ -284,6 +300,15 @@ def csv_text(certificates: Certificates) -> str:
     columns = (certificates.label, certificates.prediction, certificates.margin, certificates.radius)
     rows = [CSV_HEADER, *((i, *row) for i, row in enumerate(zip(*(c.tolist() for c in columns), strict=True)))]
     return "".join(",".join(map(str, row)) + "\n" for row in rows)
+
+
+def certificates_bytes(certificates: Certificates) -> bytes:
+    """The content of certificates.csv; of several outputs for each sample that of certificates.npz."""
+    if certificates.label.dim() == 1:
+        return csv_text(certificates).encode()
+    content = io.BytesIO()
+    np.savez_compressed(content, **{name: c.numpy() for name, c in vars(certificates).items() if c is not None})
+    return content.getvalue()
 
 
 def text_writer(text: str) -> Callable[[Path], object]:

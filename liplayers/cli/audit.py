@@ -7,12 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from liplayers.audit.audit import Audit
-from liplayers.audit.audit import audit as audit_network
 from liplayers.audit.report import audit_figure, audit_table
-from liplayers.certification import parse_radius
 from liplayers.certification import report as reports
 from liplayers.cli.proving import Certified
 from liplayers.commands.output import console, progress_bar, say
@@ -27,7 +24,7 @@ def audit(name: str, one: Certified, samples: int, eps: list[float | str], folde
     Raises:
         RefutedError: a certified point fell; after the files are written.
     """
-    title, unit = f"{one.data.name} ({one.report['data']['split']})", one.data.unit
+    title, unit = one.certification.title, one.data.unit
     found = attacked(one, samples, eps)
     files = {
         "audit.json": reports.json_writer(found.summary()),
@@ -57,27 +54,7 @@ def audit(name: str, one: Certified, samples: int, eps: list[float | str], folde
 
 def attacked(one: Certified, samples: int, eps: Sequence[float | str]) -> Audit:
     """What attacks on the first certificates found; writes nothing."""
-    network = one.network
-    inputs, labels = _first(one, samples)
     with progress_bar("auditing") as progress:
-        return audit_network(
-            network,
-            inputs.to(network.device, torch.float64),
-            labels.to(network.device),
-            one.certificates.radius[: len(inputs)].to(network.device),
-            margin_lipschitz=network.margin_lipschitz.to(network.device),
-            certify=lambda x: network.radius(x).to(x.device),
-            eps=[parse_radius(e) for e in eps],
-            progress=progress,
-        )
-
-
-def _first(one: Certified, samples: int) -> tuple[Tensor, Tensor]:
-    inputs, labels, count = [], [], 0
-    for x, y in one.data.eval_loader(one.report["data"]["split"]):
-        inputs.append(x)
-        labels.append(y)
-        count += len(x)
-        if count >= samples:
-            break
-    return torch.cat(inputs)[:samples], torch.cat(labels)[:samples]
+        found = one.certification.audit(samples, eps=eps, progress=progress)
+    assert isinstance(found, Audit)  # of a classifier
+    return found

@@ -73,18 +73,11 @@ def _checkpoints(cfg: DictConfig) -> dict[str, Checkpoint]:
 def write_and_print(done: Mapping[str, Certified], output: Path, eps: list[float | str]) -> None:
     """The files and the table of one result, or of several with their comparison."""
     first = next(iter(done.values()))
-    about, mode = first.report["data"], first.network.mode
+    about = first.report["data"]
     title, unit = f"{about['name']} ({about['split']})", about["unit"]
     written: list[Path] = []
     for name, one in done.items():
-        figure = reports.curve({name: one.certificates}, title, unit)
-        files = {
-            "report.json": reports.json_writer(one.report),
-            "certificates.csv": reports.text_writer(reports.csv_text(one.certificates)),
-            "certified_accuracy.png": reports.figure_writer(figure),
-        }
-        if mode == "proof":
-            files["network.pt"] = reports.state_writer(one.network.weights())
+        files = one.certification.writers(name)
         written += reports.write_outputs(output if len(done) == 1 else output / name, files)
     results = {name: one.certificates for name, one in done.items()}
     if len(done) > 1:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from liplayers.certification import Certificates, CertifiedNetwork
-from liplayers.certification import certify as certify_network
-from liplayers.certification import report as reports
 from liplayers.checkpoint import Checkpoint
 from liplayers.cli.configuration import build, build_data, check_config, plain, unasked
 from liplayers.commands.output import console, progress_bar, say
 from liplayers.data import DataModule
 from liplayers.errors import CheckpointError, ConfigError, UnknownNameError
+from liplayers.evaluator import Certification, certify
 
 __all__ = ["Certified", "certify_one"]
 
@@ -27,12 +25,22 @@ PROGRESS_FROM = 2000  # samples; shorter sets are done before a bar is read
 
 @dataclass(frozen=True)
 class Certified:
-    """One checkpoint, certified: the network, its data, the result of each sample, and the report on it all."""
+    """One checkpoint, certified, and its data."""
 
-    network: CertifiedNetwork
+    certification: Certification
     data: DataModule
-    certificates: Certificates
-    report: dict[str, Any]
+
+    @property
+    def network(self) -> CertifiedNetwork:
+        return self.certification.network
+
+    @property
+    def certificates(self) -> Certificates:
+        return self.certification.certificates
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return self.certification.report
 
 
 def certify_one(
@@ -57,42 +65,19 @@ def certify_one(
     with console.status("proving the bounds of the layers"):
         network = CertifiedNetwork(model, shape, classes, mode=cfg.mode, device=device, weights=weights)
     with progress_bar("certifying", len(split), shown=len(split) >= PROGRESS_FROM) as progress:
-        batches = data.eval_loader(cfg.data.split)
-        certificates = certify_network(network, batches, input_range=data.input_range, progress=progress)
-    if data.scaling is not None:
-        radius = data.scaling.radius(certificates.radius, split.inputs)
-        certificates = replace(certificates, radius=radius)
-    if certificates.not_finite:
-        say(f"warning: {certificates.not_finite} samples have NaN or infinite logits; they certify nothing")
-    report = {
-        "mode": network.mode,
-        "statement": reports.statement(network.mode, data.unit),
-        "checkpoint": {
-            "path": str(checkpoint.path),
-            "sha256": checkpoint.sha256,
-            "epoch": checkpoint.epoch,
-            "liplayers": checkpoint.version,
-            "config": checkpoint.config,
-        },
-        "data": {
-            "name": data.name,
-            "unit": data.unit,
-            "split": cfg.data.split,
-            "sha256": data.fingerprint(cfg.data.split),
-            "config": data_config,
-        },
-        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "dtype": str(network.dtype).removeprefix("torch."),
-        "environment": reports.environment(),
-        **reports.proofs(network),
-        "results": reports.summary(certificates, eps),
-        "certificates_sha256": hashlib.sha256(reports.csv_text(certificates).encode()).hexdigest(),
-    }
-    if data.scaling is not None and data.scaling.mean is not None and data.scaling.std is not None:
-        report |= reports.original_units(
-            data.scaling.names, data.scaling.mean, data.scaling.std, certificates.mean_radius
+        certification = certify(
+            network,
+            data,
+            eps=eps,
+            split=cfg.data.split,
+            checkpoint=checkpoint,
+            data_config=data_config,
+            progress=progress,
         )
-    return Certified(network, data, certificates, report)
+    if certification.certificates.not_finite:
+        not_finite = certification.certificates.not_finite
+        say(f"warning: {not_finite} samples have NaN or infinite logits; they certify nothing")
+    return Certified(certification, data)
 
 
 def _data_config(checkpoint: Checkpoint, cfg: DictConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from liplayers.checkpoint import Checkpoint, load_checkpoint
 from liplayers.cli.composing import GROUPS as GROUPS
 from liplayers.cli.composing import resumed
 from liplayers.cli.configuration import UNASKED, build, build_data, flag, integer, plain, radii, text
-from liplayers.commands.output import say
+from liplayers.commands.output import console, say
 from liplayers.commands.quoting import command, hydra_override
 from liplayers.data import DataModule
 from liplayers.errors import CheckpointError, ConfigError, LipschitzError, OutputError
@@ -31,6 +31,7 @@ from liplayers.files import held, whole_file
 from liplayers.text import one_line
 from liplayers.training import (
     CertifiedClassifier,
+    EpochLines,
     LookaheadSync,
     MovedRun,
     ProgressBar,
@@ -230,7 +231,10 @@ def _trainer(cfg: DictConfig, output: Path, callbacks: list[Callback], shown: di
         callbacks.insert(0, WeightEMA(cfg.ema_decay))  # first, to put the weights back where training is interrupted
     if cfg.save_every_steps is not None:
         callbacks.append(SaveWithinEpoch(checkpoints / "last.ckpt", cfg.save_every_steps))
-    if cfg.trainer.enable_progress_bar:
+    seen = console.is_terminal or console.is_jupyter
+    if not seen:
+        callbacks.append(EpochLines(_say, shown))
+    elif cfg.trainer.enable_progress_bar:
         callbacks.append(ProgressBar({"samples/s": "samples/s", **shown}))
     if cfg.epsilon_ramp is not None:
         callbacks.append(build(cfg.epsilon_ramp, _target_="liplayers.training.EpsilonRamp"))
@@ -246,6 +250,7 @@ def _trainer(cfg: DictConfig, output: Path, callbacks: list[Callback], shown: di
             logger=loggers,
             plugins=[WholeFileCheckpointIO()],
             enable_model_summary=False,
+            enable_progress_bar=seen and cfg.trainer.enable_progress_bar,
         )
     except Exception as error:  # Lightning raises anything
         raise ConfigError(f"{cfg.trainer._target_}: {one_line(error)}") from error

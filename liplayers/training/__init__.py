@@ -3,6 +3,7 @@
 from liplayers.extras import extra
 
 with extra("train"):
+    from liplayers.training.callbacks import EpochLines as EpochLines
     from liplayers.training.callbacks import EpsilonRamp as EpsilonRamp
     from liplayers.training.callbacks import LookaheadSync as LookaheadSync
     from liplayers.training.callbacks import ProgressBar as ProgressBar

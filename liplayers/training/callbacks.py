@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from liplayers.losses import RadiusLoss
 from liplayers.training.lookahead import Lookahead
 
 __all__ = [
+    "EpochLines",
     "EpsilonRamp",
     "LookaheadSync",
     "ProgressBar",
@@ -43,6 +45,29 @@ class ProgressBar(RichProgressBar):
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         logged = trainer.progress_bar_metrics
         return {short: f"{logged[name]:.4g}" for name, short in self._short.items() if name in logged}
+
+
+class EpochLines(L.Callback):
+    """Writes a line after each epoch, where no bar can be seen.
+
+    Args:
+        write: takes the line.
+        metrics: name of a logged metric → the name it is shown under.
+    """
+
+    def __init__(self, write: Callable[[str], object], metrics: dict[str, str]) -> None:
+        self._write, self._short = write, metrics
+        self._start = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        of_all = f" of {trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+        logged = trainer.callback_metrics
+        shown = [f"{short} {logged[name]:.4g}" for name, short in self._short.items() if name in logged]
+        shown.append(f"{time.perf_counter() - self._start:.1f} s")
+        self._write(f"epoch {trainer.current_epoch + 1}{of_all}: {', '.join(shown)}")
 
 
 class Stopped(SystemExit):
