@@ -188,6 +188,9 @@ def head_splitter(
     walk = _Walk(model, input_shape, estimates)
 
     def split() -> HeadSplit:
+        nonlocal walk
+        if any(program.settled for program in walk.programs.values()):  # on values that may have changed
+            walk = _Walk(model, input_shape, estimates)
         walk.found.clear()
         if estimates:
             return walk.estimated_split()
@@ -403,7 +406,8 @@ class _Walk:
     def _leaf(self, part: _Part, name: str, known: bool = True) -> Leaf:
         """A module that a program calls; before anything is `known`, with a bound of 1."""
         child = self.child(part, name)
-        return Leaf((lambda: self.bound(child)) if known else lambda: 1.0, self._effect(child))
+        embeds = isinstance(child.module, (nn.Embedding, nn.EmbeddingBag))
+        return Leaf((lambda: self.bound(child)) if known else lambda: 1.0, self._effect(child), embeds)
 
     def _effect(self, part: _Part) -> Effect:
         """What a module does to the memory of its input."""
