@@ -221,7 +221,21 @@ def test_bounds_after_writes_are_those_of_the_values(body: Callable):
     assert lp.lipschitz_bound(traced(body), (4,)) == pytest.approx(EXPECTED[body], rel=1e-12)
 
 
+def reshaped(self: nn.Module, x: Tensor) -> Tensor:
+    y = x[:, None] * 1.0
+    y.transpose_(1, 2)
+    return y.sum(1)
+
+
+def data_assigned(self: nn.Module, x: Tensor) -> Tensor:
+    y = 1.0 * x
+    y.data = x + 5 * F.relu(x - 90)
+    return y
+
+
 REFUSED = {
+    "a shape": traced(reshaped),
+    "the data of a tensor": traced(data_assigned),
     "through a module": traced(through_identity, i=nn.Identity()),
     "through a module, small": traced(through_flatten, i=nn.Flatten()),
     "an expanded tensor": traced(expanded),

@@ -51,6 +51,7 @@ _FACTORY_FUNCTIONS = {torch.zeros_like, torch.ones_like, torch.full_like}
 _FACTORY_METHODS = {"new_zeros", "new_ones", "new_full"}
 _SAME_ATTRIBUTES = {"mT", "data"}
 _WITH_POSITIONS = ("max", "min", "sort")  # which return values and their positions
+_WRITING = {"copy", "fill", "zero", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"}
 _DERIVED = 1 + 2.0**-40  # constants that are computed: elsewhere they may be off by some units of their last place
 
 
@@ -273,6 +274,8 @@ class _Analysis:
             raise UnknownBoundError(f"its forward calls {name_of(node)!r}{use}")
         if name == "setitem":
             return self._set(node)
+        if target is not None and name not in FRESH | _WRITING:  # transpose_ and the like: shapes would be stale
+            raise UnknownBoundError(f"its forward calls {name_of(node)!r}, which reshapes a tensor in place")
         args = bind(name, node.args, dict(node.kwargs))
         first, *_ = [*args.values(), None]
         added = None

@@ -118,6 +118,11 @@ class _Value(fx.Proxy):
             return fx.proxy.Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "_name"):
+            raise UnknownBoundError(f"its forward sets {name!r} of a tensor: compute a new one")
+        super().__setattr__(name, value)
+
     def size(self, dim: int | None = None) -> Any:
         shape = self.tracer.attribute(self, "shape")
         if shape is None or not isinstance(dim, int | None):
