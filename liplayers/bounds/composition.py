@@ -19,10 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from liplayers.bounds.graph import Program, Shapes, graph_bounds, trace
+from liplayers.bounds.advice import advice
+from liplayers.bounds.graph import Bounds, Effect, Leaf, Shapes, constant_values, graph_bounds
+from liplayers.bounds.inputs import Inputs, InputShape, Seen, observed
 from liplayers.bounds.torch_modules import RULES, Shape, torch_bound
+from liplayers.bounds.trace import Given, Program, trace
 from liplayers.bounds.trial import Trial
-from liplayers.bounds.twin import private_copy
+from liplayers.bounds.wrappers import refuse_wrapper, unwrapped
 from liplayers.core.intact import is_changed, require_intact
 from liplayers.core.module import LipschitzModule
 from liplayers.core.precision import executed_dtype
@@ -36,8 +39,11 @@ from liplayers.modules.containers import Container
 __all__ = [
     "ClassifierBounds",
     "HeadSplit",
+    "check_finite",
     "classifier_bounds",
     "head_splitter",
+    "is_container",
+    "is_ours",
     "layer_bounds",
     "lipschitz_bound",
     "register_bound",
@@ -182,10 +188,13 @@ def head_splitter(
     walk = _Walk(model, input_shape, estimates)
 
     def split() -> HeadSplit:
+        nonlocal walk
+        if any(program.settled for program in walk.programs.values()):  # on values that may have changed
+            walk = _Walk(model, input_shape, estimates)
         walk.found.clear()
         if estimates:
             return walk.estimated_split()
-        _check_finite(model, "")
+        check_finite(model, "")
         return walk.split(walk.root)
 
     return split
@@ -253,29 +262,39 @@ class _Walk:
         ShapeError: the model does not accept inputs of that shape, and nothing unknown is in the way.
     """
 
-    def __init__(self, model: nn.Module, input_shape: Shape | None, estimates: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, input_shape: InputShape | None, estimates: bool = False, explains: bool = False
+    ) -> None:
+        self.model = model = unwrapped(model)
         self.estimates = estimates
         self.found: dict[str, float] = {}
         self.lower: dict[str, float] = {}
         self.parts: dict[str, _Part] = {}
         self.refused: dict[str, list[LipschitzError]] = {}
+        self.refused_nodes: dict[fx.Node, str] = {}
         self.programs: dict[nn.Module, Program] = {}
-        failure: LipschitzError | None = None
+        self.effects: dict[str, Effect] = {}
+        self.failure: LipschitzError | None = None
+        self.shape_given = input_shape is not None
         self.blind = input_shape is None  # whether the shapes within the model are not known
-        self.shapes: dict[nn.Module, set] = {}
+        self.inputs: Inputs | None = None
+        self.seen = Seen()
         try:
             if input_shape is not None:
-                self.shapes = _record_shapes(model, tuple(input_shape))
+                self.inputs, self.seen = observed(model, input_shape)
         except (ShapeError, UnknownBoundError) as error:  # what is unknown in it may be why
-            failure, self.blind = error, True
-        _check_finite(model, "")
+            self.failure, self.blind = error, True
+        self.shapes = self.seen.shapes
+        if not explains:
+            check_finite(model, "")
         self.root = self._understand(model, "")
         if self.programs and not self.blind:
-            self._try(model, tuple(input_shape or ()))
+            self._try(model)
         self._check_programs()
-        self._raise_obstacles(shape_given=input_shape is not None)
-        if failure is not None:
-            raise failure
+        if not explains:
+            self._raise_obstacles()
+            if self.failure is not None:
+                raise self.failure
 
     # what is unknown
 
@@ -292,11 +311,12 @@ class _Walk:
 
     def _fill(self, part: _Part) -> None:
         module: Any = part.module
-        if _is_ours(module):
+        refuse_wrapper(module)
+        if is_ours(module):
             require_intact(module)
             module.check_parts()
             part.compute = (lambda: float(module.lipschitz_estimate())) if self.estimates else module.lipschitz_bound
-        elif _is_container(module):
+        elif is_container(module):
             require_intact(module, parts=False)
             names = {child: name for name, child in module.named_modules()}
             for branch in module.branches():
@@ -321,28 +341,39 @@ class _Walk:
     def _fill_program(self, part: _Part) -> None:
         module = part.module
         if type(module).__module__.startswith("torch.nn."):
-            raise UnknownBoundError("no bound is known for this type")
+            raise UnknownBoundError(advice(module)[0] or "no bound is known for this type")
         if module not in self.programs:
-            self.programs[module] = trace(module, _is_leaf)
+            given = self.seen.given(module)
+            inputs: Any = None if given is None else ((given,), {})
+            if part.path == "" and self.inputs is not None and not self.blind:
+                inputs = self.inputs.arguments
+            device = self.inputs.device if self.inputs is not None else torch.device("cpu")
+            self.programs[module] = trace(module, _is_leaf, inputs, partial(self._result, module), device)
         part.program = program = self.programs[module]
         for name in program.calls():
             self._child(part, name, module.get_submodule(name))
-        part.compute = lambda: max(bounds[program.output] for bounds in self._program_bounds(part))
+        part.compute = lambda: max(bounds.values[program.output] for bounds in self._program_bounds(part))
+
+    def _result(self, module: nn.Module, name: str, given: Given) -> Given | None:
+        """What a module within another one returned."""
+        return self.seen.results.get(module.get_submodule(name), {}).get(given)
 
     def _child(self, part: _Part, name: str, module: nn.Module) -> _Part:
         return self._understand(module, _join(part.path, name))
 
-    def _try(self, model: nn.Module, input_shape: Shape) -> None:
+    def _try(self, model: nn.Module) -> None:
         """Compare the programs with the model."""
         sequences = {path: [c.path for c in part.children] for path, part in self.parts.items() if part.is_sequence}
         programs = {path: part.program for path, part in self.parts.items() if part.program is not None}
+        assert self.inputs is not None
         try:
-            compared = Trial(model, input_shape, _like(model), sequences, programs)
+            compared = Trial(model, self.inputs, sequences, programs)
         except UnknownBoundError as error:
             self.blind = True
             return self._refuse("", error)
         for path, reason in compared.refused.items():
-            self._refuse(path, UnknownBoundError(reason))
+            if not self._calls_refused(self.parts[path]):
+                self._refuse(path, UnknownBoundError(reason))
         for path, program in programs.items():
             self.parts[path].shapes = list(compared.shapes.get(program, {}).values())
             if program not in compared.shapes and path not in compared.refused:
@@ -350,30 +381,89 @@ class _Walk:
                     path, UnknownBoundError("the model does not call it, so that its trace cannot be compared")
                 )
 
+    def _calls_refused(self, part: _Part) -> bool:
+        """Whether it calls a module that is refused in a way in which only such a module is called."""
+        nodes = () if part.program is None else tuple(part.program.graph.nodes)
+        calls = (node for node in nodes if node.op == "call_module" and len(node.args) + len(node.kwargs) != 1)
+        return any(self.refused.get(self.child(part, str(node.target)).path) for node in calls)
+
     def _check_programs(self) -> None:
         """Look for operations that are not known, with a bound of 1 for each leaf."""
         for part in list(self.parts.values()):
             if part.program is None:
                 continue
-            errors: list[UnknownBoundError] = []
+            errors: list[tuple[fx.Node, UnknownBoundError]] = []
+            constants = self.constants(part)
             for shapes in part.shapes or [None]:
-                graph_bounds(part.program.graph, lambda name: 1.0, shapes, errors)
+                graph_bounds(part.program, self.leaf(part), shapes, constants, errors, norms=False)
             if self.blind and not errors:
-                errors.append(UnknownBoundError("a traced forward is compared with what it computes: pass input_shape"))
-            for error in errors:
+                error = UnknownBoundError("a traced forward is compared with what it computes: pass input_shape")
+                errors.append((part.program.output, error))
+            for node, error in errors:
+                if node.op == "call_module" and self.refused.get(self.child(part, str(node.target)).path):
+                    continue
                 if part.shapes or self.blind or "pass input_shape" not in str(error):  # without shapes it is refused
                     self._refuse(part.path, error)
+                    self.refused_nodes[node] = str(error)
+        for part in list(self.parts.values()):
+            if is_container(part.module) and any(self._effect(child) is Effect.WRITES for child in part.children):
+                self._refuse(
+                    part.path,
+                    UnknownBoundError("a branch writes to its input in place: write out of place in its forward"),
+                )
+
+    def _leaf(self, part: _Part, name: str, known: bool = True) -> Leaf:
+        """A module that a program calls; before anything is `known`, with a bound of 1."""
+        child = self.child(part, name)
+        embeds = isinstance(child.module, (nn.Embedding, nn.EmbeddingBag))
+        return Leaf((lambda: self.bound(child)) if known else lambda: 1.0, self._effect(child), embeds)
+
+    def _effect(self, part: _Part) -> Effect:
+        """What a module does to the memory of its input."""
+        if part.path not in self.effects:
+            self.effects[part.path] = self._found_effect(part)
+        return self.effects[part.path]
+
+    def _found_effect(self, part: _Part) -> Effect:
+        if part.program is not None:
+            leaf, shapes = self.leaf(part), (part.shapes or [None])[0]
+            found = graph_bounds(part.program, leaf, shapes, self.constants(part), [], norms=False)
+            return Effect.WRITES if found.writes_to_input else Effect.MAY_SHARE
+        if part.is_sequence:
+            for child in part.children:
+                effect = self._effect(child)
+                if effect is not Effect.MAY_SHARE:
+                    return effect
+        return Effect.FRESH if type(part.module) in _FRESH else Effect.MAY_SHARE
+
+    def child(self, part: _Part, name: str) -> _Part:
+        """What is understood of a module within another one."""
+        return self.parts[_join(part.path, name)]
+
+    def leaf(self, part: _Part) -> Callable[[str], Leaf]:
+        """The modules that a program calls, with a bound of 1."""
+        return partial(self._leaf, part, known=False)
+
+    def constants(self, part: _Part) -> dict[fx.Node, Any]:
+        """The values of its program that do not depend on the input."""
+        assert part.program is not None
+        return constant_values(part.program, lambda name: _tensor(part.module, name))
 
     def _refuse(self, path: str, error: LipschitzError) -> None:
         errors = self.refused.setdefault(path, [])
         if str(error) not in map(str, errors):
             errors.append(error)
 
-    def _raise_obstacles(self, shape_given: bool) -> None:
+    def obstacles(self) -> list[tuple[Obstacle, LipschitzError]]:
+        """All that is in the way of a bound, in the order of the model."""
         found = [(path, error) for path in self.parts for error in self.refused.get(path, ())]
-        if self.blind and shape_given:  # what depends on the shape is no obstacle; that it does not run is one
+        if self.blind and self.shape_given:  # what depends on the shape is no obstacle; that it does not run is one
             found = [(path, error) for path, error in found if "pass input_shape" not in str(error)]
-        obstacles = [Obstacle(path, type(self.parts[path].module).__name__, str(error)) for path, error in found]
+        return [(_obstacle(path, self.parts[path].module, error), error) for path, error in found]
+
+    def _raise_obstacles(self) -> None:
+        found = self.obstacles()
+        obstacles = [obstacle for obstacle, _ in found]
         if len(found) == 1 and isinstance(found[0][1], ArgumentError):
             raise ArgumentError(str(obstacles[0]))
         if obstacles:
@@ -412,20 +502,16 @@ class _Walk:
             return value.upper
         return value
 
-    def _program_bounds(self, part: _Part) -> list[dict[fx.Node, float]]:
+    def _program_bounds(self, part: _Part) -> list[Bounds]:
         """The bounds of its values, for each shape of input that it has seen."""
-        program = part.program
-        assert program is not None
-
-        def leaf_bound(name: str) -> float:
-            return self.bound(self.parts[_join(part.path, name)])
-
-        return [graph_bounds(program.graph, leaf_bound, shapes) for shapes in part.shapes]
+        assert part.program is not None
+        constants = self.constants(part)
+        return [graph_bounds(part.program, partial(self._leaf, part), shapes, constants) for shapes in part.shapes]
 
     def estimated_split(self) -> HeadSplit:
         """With the estimates of the layers in sequence as they are, tensors too, and no value of these read."""
         chain = list(self._chain(self.root))
-        ours = [part for part in chain if _is_ours(part.module)]
+        ours = [part for part in chain if is_ours(part.module)]
         self.found.update({part.path: 1.0 for part in ours})
         found = self.split(self.root)
         factors: list[Any] = [p.module.lipschitz_estimate() for p in ours if p.module is not found.head]  # type: ignore
@@ -457,23 +543,35 @@ class _Walk:
             return HeadSplit(upward.product(below, inner.body_bound), inner.head)
         last = part.program and part.program.output.args[0]
         if isinstance(last, fx.Node) and last.op == "call_module":
-            below = max(bounds[last.all_input_nodes[0]] for bounds in self._program_bounds(part))
+            below = max(bounds.given[last] for bounds in self._program_bounds(part))
             inner = self.split(self.parts[_join(part.path, str(last.target))])
             return HeadSplit(upward.product(below, inner.body_bound), inner.head)
         return HeadSplit(self.bound(part), None)
 
 
-def _is_ours(module: nn.Module) -> bool:
+# of torch's modules, those that never return what they are given, or a view of it
+_FRESH = {
+    nn.Linear,
+    *(getattr(nn, f"{kind}{n}d") for kind in ("Conv", "ConvTranspose", "BatchNorm") for n in (1, 2, 3)),
+}
+
+
+def _obstacle(path: str, module: nn.Module, error: LipschitzError) -> Obstacle:
+    reason, instead = advice(module)
+    return Obstacle(path, type(module).__name__, str(error), instead if str(error) == reason else "")
+
+
+def is_ours(module: nn.Module) -> bool:
     return isinstance(module, LipschitzModule) and _covers_forward(module, "lipschitz_bound")
 
 
-def _is_container(module: nn.Module) -> bool:
+def is_container(module: nn.Module) -> bool:
     return isinstance(module, Container) and all(_covers_forward(module, r) for r in ("compose_bounds", "branches"))
 
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether a trace takes a module as a single call."""
-    known = _is_ours(module) or _is_container(module) or _is_sequential(module) or type(module) in RULES
+    known = is_ours(module) or is_container(module) or _is_sequential(module) or type(module) in RULES
     return known or type(module).__module__.startswith("torch.nn.") or is_changed(module)
 
 
@@ -511,43 +609,13 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
 
-def _check_finite(module: nn.Module, path: str) -> None:
+def check_finite(module: nn.Module, path: str) -> None:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{_join(path, name)}: contains NaN or infinity; the weights cannot be certified")
 
 
-def _like(model: nn.Module) -> Tensor:
-    """A tensor of the dtype and device that the model runs in."""
-    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-
-
-def _record_shapes(model: nn.Module, input_shape: Shape) -> dict[nn.Module, set]:
-    """The input shapes, without the batch, that each module sees when a copy of the model runs on zeros in eval mode.
-
-    Raises:
-        ShapeError: it does not run.
-        UnknownBoundError: it cannot be copied.
-    """
-    shapes: dict[nn.Module, set] = {}
-
-    def record(original: nn.Module, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        given = next(iter((*args, *kwargs.values())), None)
-        if isinstance(given, Tensor):
-            shapes.setdefault(original, set()).add(tuple(given.shape[1:]))
-
-    like = _like(model)
-    tried = private_copy(model).eval()
-    for original, module in zip(model.modules(), tried.modules(), strict=True):
-        module.register_forward_hook(partial(record, original), with_kwargs=True)
-    try:
-        with torch.no_grad():
-            tried(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
-    except ShapeError:
-        raise
-    except Exception as error:  # the model's own code: anything may come out
-        raise ShapeError(
-            f"the model does not accept inputs of shape {input_shape} ({' '.join(str(error).split())}); "
-            f"pass the shape of one input without the batch dimension"
-        ) from None
-    return shapes
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its path."""
+    path, _, name = name.rpartition(".")
+    return getattr(module.get_submodule(path), name)

@@ -31,12 +31,12 @@ import torch
 from torch import Tensor, nn
 
 from liplayers.bounds.composition import (
-    _check_finite,
     _children,
     _is_sequential,
     _join,
-    _record_shapes,
+    check_finite,
 )
+from liplayers.bounds.inputs import record_shapes
 from liplayers.bounds.torch_modules import Shape, torch_bound
 from liplayers.core.intact import require_intact
 from liplayers.core.precision import executed
@@ -162,7 +162,7 @@ def _above(x: float, roundings: int) -> float:
 def _read(model: nn.Module, input_shape: Shape) -> tuple[float, list[_Step]]:
     """The steps of a model, and the product of its scalar factors: the inequality is homogeneous in each signal."""
     leaves = list(_leaves(model, ""))
-    shapes = _record_shapes(model, tuple(input_shape))
+    shapes = record_shapes(model, tuple(input_shape))
     factor, width = 1.0, 0
     steps: list[_Step] = []
     for path, module in leaves:
@@ -189,7 +189,7 @@ def _leaves(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules in nested nn.Sequential, in the order in which they run, with their paths."""
     try:
         require_intact(module, parts=not _is_sequential(module))
-        _check_finite(module, path)
+        check_finite(module, path)
     except UnknownBoundError as error:
         raise UnknownBoundError.of([Obstacle(path, type(module).__name__, str(error))]) from None
     if _is_sequential(module):

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from liplayers.bounds.composition import _record_shapes
+from liplayers.bounds.inputs import record_shapes
 from liplayers.bounds.torch_modules import Shape
+from liplayers.bounds.wrappers import unwrapped
 from liplayers.core.intact import is_changed
 from liplayers.core.module import LipschitzModule
 from liplayers.core.weights import ParametrizedModule
@@ -62,10 +63,11 @@ def freeze(model: nn.Module, input_shape: Shape | None = None, *, dtype: torch.d
     """
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise ArgumentError(f"freeze: dtype={dtype!r}; expected a floating point dtype of torch")
+    model = unwrapped(model)
     check_plain(model)
     if dtype is not None:
         model = copy.deepcopy(model).to(dtype)
-    shapes = {} if input_shape is None else _record_shapes(model, tuple(input_shape))
+    shapes = {} if input_shape is None else record_shapes(model, tuple(input_shape))
     freezer = _Freezer(shapes, input_shape)
     with torch.no_grad():
         freezer.visit(model, "")
