@@ -4,6 +4,8 @@ from liplayers.bounds import layer_bounds as layer_bounds
 from liplayers.bounds import lipschitz_bound as lipschitz_bound
 from liplayers.bounds import register_bound as register_bound
 from liplayers.bounds import split_head as split_head
+from liplayers.conversion import convert as convert
+from liplayers.conversion import from_torch as from_torch
 from liplayers.core.registry import FAMILIES as FAMILIES
 from liplayers.core.registry import Family as Family
 from liplayers.core.registry import get_layer as get_layer
