@@ -388,3 +388,39 @@ def test_a_layer_from_one_of_torchs():
         from_torch(nn.ReLU(), "aol")
     with pytest.raises(ArgumentError, match="no dense weight"):
         from_torch(conv, "soc")
+
+
+@pytest.mark.parametrize("parametrization", ["orthogonal", "spectral_norm", "weight_norm"])
+def test_torchs_parametrizations_are_bounded_by_the_weight_that_runs(parametrization: str):
+    parametrize = getattr(nn.utils.parametrizations, parametrization)
+    model = nn.Sequential(parametrize(nn.Linear(4, 6)), nn.ReLU(), parametrize(nn.Linear(6, 4, bias=False)))
+    model(torch.randn(3, 4))
+    model.eval()
+    norms = [torch.linalg.matrix_norm(layer.weight.detach().double(), 2).item() for layer in (model[0], model[2])]
+    bound = lipschitz_bound(model, (4,))
+    assert norms[0] * norms[1] <= bound * (1 + 1e-12)
+    assert bound <= norms[0] * norms[1] * (1 + 1e-4)
+    frozen = freeze(model)
+    assert type(frozen[0]) is nn.Linear
+    assert lipschitz_bound(frozen, (4,)) == pytest.approx(bound, rel=1e-6)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(frozen(x), model(x))
+    assert torch.isfinite(CertifiedNetwork(model, (4,), num_classes=4).radius(x)).all()
+    twin, report = convert(model, (4,))
+    assert isinstance(twin[0], lip.BjorckLinear)
+    assert report.rows[0].distance < (1e-3 if parametrization == "orthogonal" else 1)
+
+
+def test_a_parametrization_that_may_change_at_each_call_has_no_bound():
+    class Noisy(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + torch.randn_like(weight)
+
+    noisy = nn.Linear(4, 4)
+    nn.utils.parametrize.register_parametrization(noisy, "weight", Noisy())
+    with pytest.raises(UnknownBoundError, match="Noisy"):
+        lipschitz_bound(noisy, (4,))
+    with pytest.raises(ArgumentError, match="Noisy"):
+        freeze(noisy)
+    with pytest.raises(UnknownBoundError, match="eval"):
+        lipschitz_bound(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), (4,))

@@ -25,6 +25,7 @@ from liplayers.bounds.trial import Trial
 from liplayers.bounds.twin import private_copy
 from liplayers.core.intact import is_changed, require_intact
 from liplayers.core.module import LipschitzModule
+from liplayers.core.parametrized import plain_type
 from liplayers.core.precision import executed_dtype
 from liplayers.errors import ArgumentError, LipschitzError, NonFiniteError, Obstacle, ShapeError, UnknownBoundError
 from liplayers.layers.bases.dense import LipschitzLinear
@@ -311,7 +312,7 @@ class _Walk:
             part.children = [self._child(part, name, child) for name, child in _children(module)]
             part.compute = lambda: self._product(part.children)
         else:
-            require_intact(module, parts=type(module) in RULES)
+            require_intact(module, parts=plain_type(module) in RULES)
             rules = [torch_bound(module, shape) for shape in self.shapes.get(module, {None})]
             if None in rules:
                 self._fill_program(part)
@@ -449,7 +450,7 @@ class _Walk:
     def _split(self, part: _Part) -> HeadSplit:
         module = part.module
         is_head = isinstance(module, LipschitzLinear) and type(module).forward is LipschitzLinear.forward
-        if is_head or type(module) is nn.Linear:
+        if is_head or plain_type(module) is nn.Linear:
             return HeadSplit(1.0, module)
         if part.is_sequence and part.children:
             below = self._product(part.children[:-1])

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from liplayers.core.parametrized import plain_type, require_constant
 from liplayers.core.precision import executed
 from liplayers.errors import UnknownBoundError
 from liplayers.linalg import upward
@@ -256,7 +257,8 @@ def torch_bound(module: nn.Module, shape: Shape | None) -> Callable[[], Bound] |
     Raises:
         UnknownBoundError: there is none for this shape or these arguments.
     """
-    rule = RULES.get(type(module))
+    require_constant(module)
+    rule = RULES.get(plain_type(module))
     with torch.no_grad():
         bound = _entrywise(module) if rule is None else rule(module, shape)
     if bound is None:

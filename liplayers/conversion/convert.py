@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -32,6 +33,7 @@ from liplayers.conversion.swaps import (
     swaps,
 )
 from liplayers.core.module import LipschitzModule
+from liplayers.core.parametrized import without_parametrizations
 from liplayers.core.weights import ParametrizedModule
 from liplayers.errors import ArgumentError, Obstacle, UnknownBoundError
 from liplayers.modules.containers import Container
@@ -92,7 +94,7 @@ def convert(
     """
     settings = Settings(conv, linear, fallback, activation, weights, learned_sums, dict(replace or {}))
     shape = tuple(input_shape)
-    own = copy.deepcopy(model).eval()
+    own = without_parametrizations(copy.deepcopy(model).eval())
     converter = _Converter(own, survey(own, shape), settings)
     twin = converter.converted("", own)
     converter.raise_obstacles()
@@ -212,9 +214,9 @@ class _Converter:
             raise UnknownBoundError("it takes or returns something other than one tensor")
         program = traced(module, self.seen, self._is_leaf)
         if _is_linear(module, program):
-            swap = swapped(_plain_linear(module), self.settings, self._place(module))
-            self._note(path, module, swap)
-            return self._tied(module, swap.module)
+            plain = swapped(_plain_linear(module), self.settings, self._place(module))
+            self._note(path, module, plain)
+            return self._tied(module, plain.module)
         if program.output.args[0] is program.input:
             self.rows.append(Row(path, type(module).__name__, "", note="no effect in evaluation"))
             return nn.Identity()
@@ -280,7 +282,7 @@ def _is_linear(module: nn.Module, program: Traced) -> bool:
     return x is program.input and names == (["weight"] if module.bias is None else ["weight", "bias"])
 
 
-def _plain_linear(module: nn.Linear) -> nn.Linear:
+def _plain_linear(module: Any) -> nn.Linear:
     plain = nn.Linear(module.in_features, module.out_features, device="meta")
     plain.weight, plain.bias = module.weight, module.bias
     return plain
