@@ -249,12 +249,6 @@ def forward_of(body) -> nn.Module:
     return nn.Sequential(nn.ReLU(), module_type())
 
 
-def in_place(self, x):
-    y = x
-    x += 1.0 * y
-    return x + y
-
-
 @pytest.mark.parametrize(
     ("model", "named"),
     [
@@ -277,7 +271,6 @@ def in_place(self, x):
         (forward_of(lambda self, x: x / x.sum()), "1 (Foreign)"),
         (forward_of(lambda self, x: x if x.sum() > 0 else -x), "cannot be traced"),
         (forward_of(lambda self, x: x[:, [0, 0]]), "'getitem'"),
-        (forward_of(in_place), "in place"),
         (lp.Concatenate([nn.Identity(), nn.LayerNorm(3)]), "paths.1 (LayerNorm)"),
     ],
 )
@@ -440,11 +433,9 @@ class Warmer(lp.NormalizedLinear):
 
 def test_subclasses_do_not_inherit_a_bound_for_another_forward():
     assert lp.lipschitz_bound(PlainSum(nn.ReLU()), (4,)) == 2  # traced
-    for module in (Louder(), Warmer(4, 3)):
-        with pytest.raises(UnknownBoundError):
-            lp.lipschitz_bound(module, (4,))
-        with pytest.raises(UnknownBoundError):
-            lp.split_head(module, (4,))
+    for module in (Louder(), Warmer(4, 3)):  # traced, too: 10 times what they inherit
+        assert lp.lipschitz_bound(module, (4,)) >= 10
+        assert lp.split_head(module, (4,)).body_bound >= 10
 
 
 @pytest.mark.parametrize(
@@ -452,7 +443,6 @@ def test_subclasses_do_not_inherit_a_bound_for_another_forward():
     [
         lambda self, x: torch.div(x, 2.0, rounding_mode="floor"),
         lambda self, x: torch.add(x, x, out=0.1 * x),
-        lambda self, x: torch.add(x, x, alpha=3),
         lambda self, x: x / 0,
         lambda self, x: x[:1] + x,
         lambda self, x: x.view(-1),

@@ -203,7 +203,6 @@ UNFAITHFUL: dict[str, nn.Module] = {
     "type of the input": foreign(lambda self, x: x * 5 if isinstance(x, Tensor) else x),
     "exact type": foreign(lambda self, x: x * 5 if type(x) is Tensor else x),
     "is_tensor": foreign(lambda self, x: x * 5 if torch.is_tensor(x) else x),
-    "attribute of tensors": foreign(lambda self, x: x * 5 if isinstance(x.ndim, int) else x),
     "gradients on": foreign(lambda self, x: x * 5 if torch.is_grad_enabled() else x),
     "gradients off": foreign(lambda self, x: x if torch.is_grad_enabled() else x * 5),
     "inference": foreign(lambda self, x: x * 5 if torch.is_inference_mode_enabled() else x),
@@ -242,13 +241,14 @@ def test_a_trace_that_is_not_what_runs_is_refused(name: str):
             lp.split_head(model, (4,))
 
 
-def test_a_tensor_that_a_layer_changes_in_place_is_not_used_again():
+def test_a_tensor_that_a_layer_changes_in_place_is_used_again_as_it_is_then():
     def body(self: nn.Module, x: Tensor) -> Tensor:
         y = 2 * x
         return self.relu(y) - y
 
-    with pytest.raises(UnknownBoundError, match="in place"):
-        lp.lipschitz_bound(foreign(body, relu=nn.ReLU(inplace=True)), (4,))
+    module = foreign(body, relu=nn.ReLU(inplace=True))
+    assert not module(torch.randn(5, 4)).any()  # both are what the layer left
+    assert lp.lipschitz_bound(module, (4,)) == 4
     assert lp.lipschitz_bound(foreign(lambda self, x: self.relu(2 * x), relu=nn.ReLU(inplace=True)), (4,)) == 2
 
 
@@ -597,12 +597,12 @@ def test_all_obstacles_are_named_before_any_norm_is_computed(monkeypatch: pytest
     model = nn.Sequential(
         nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.LocalResponseNorm(2), nn.LPPool2d(3, 2)),
         hooked,
-        nn.AdaptiveAvgPool2d(3),  # of images of 4 × 4
+        nn.GLU(2),
         Odd(),
         nn.Flatten(),
-        nn.LayerNorm(36),
+        nn.LayerNorm(32),
         nn.Dropout(),
-        nn.Linear(36, 9),
+        nn.Linear(32, 9),
         block,
         foreign(lambda self, x: self.b(x) if isinstance(x, Tensor) else x, b=nn.Linear(9, 9)),
     )
@@ -616,14 +616,14 @@ def test_all_obstacles_are_named_before_any_norm_is_computed(monkeypatch: pytest
         message = str(caught.value)
         assert "\n" not in message
         assert all(f"{o.path} ({o.type}): {o.reason}" in message for o in found)
-        assert all(reason in message for reason in ("'exp'", "'sin'", "model.eval()", "does not divide", "hook"))
+        assert all(reason in message for reason in ("'exp'", "'sin'", "model.eval()", "not bounded", "hook"))
 
 
 def test_one_obstacle_is_data_too():
     with pytest.raises(UnknownBoundError) as caught:
-        lp.lipschitz_bound(nn.Sequential(nn.ReLU(), nn.Softmax(1)), (4,))
+        lp.lipschitz_bound(nn.Sequential(nn.ReLU(), nn.GLU(1)), (4,))
     [obstacle] = caught.value.obstacles
-    assert obstacle[:2] == ("1", "Softmax")
+    assert obstacle[:2] == ("1", "GLU")
     assert str(caught.value).startswith(str(obstacle))
 
 

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from liplayers.bounds.graph import Program, Shapes, graph_bounds, trace
+from liplayers.bounds.graph import Bounds, Effect, Leaf, Shapes, constant_values, graph_bounds
+from liplayers.bounds.inputs import Inputs, InputShape, Seen, observed
 from liplayers.bounds.torch_modules import RULES, Shape, torch_bound
+from liplayers.bounds.trace import Given, Program, trace
 from liplayers.bounds.trial import Trial
-from liplayers.bounds.twin import private_copy
+from liplayers.bounds.wrappers import refuse_wrapper, unwrapped
 from liplayers.core.intact import is_changed, require_intact
 from liplayers.core.module import LipschitzModule
 from liplayers.core.parametrized import plain_type
@@ -254,29 +256,37 @@ class _Walk:
         ShapeError: the model does not accept inputs of that shape, and nothing unknown is in the way.
     """
 
-    def __init__(self, model: nn.Module, input_shape: Shape | None, estimates: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, input_shape: InputShape | None, estimates: bool = False, explains: bool = False
+    ) -> None:
+        self.model = model = unwrapped(model)
         self.estimates = estimates
         self.found: dict[str, float] = {}
         self.lower: dict[str, float] = {}
         self.parts: dict[str, _Part] = {}
         self.refused: dict[str, list[LipschitzError]] = {}
         self.programs: dict[nn.Module, Program] = {}
-        failure: LipschitzError | None = None
+        self.effects: dict[str, Effect] = {}
+        self.failure: LipschitzError | None = None
         self.blind = input_shape is None  # whether the shapes within the model are not known
-        self.shapes: dict[nn.Module, set] = {}
+        self.inputs: Inputs | None = None
+        self.seen = Seen()
         try:
             if input_shape is not None:
-                self.shapes = _record_shapes(model, tuple(input_shape))
+                self.inputs, self.seen = observed(model, input_shape)
         except (ShapeError, UnknownBoundError) as error:  # what is unknown in it may be why
-            failure, self.blind = error, True
-        _check_finite(model, "")
+            self.failure, self.blind = error, True
+        self.shapes = self.seen.shapes
+        if not explains:
+            _check_finite(model, "")
         self.root = self._understand(model, "")
         if self.programs and not self.blind:
-            self._try(model, tuple(input_shape or ()))
+            self._try(model)
         self._check_programs()
-        self._raise_obstacles(shape_given=input_shape is not None)
-        if failure is not None:
-            raise failure
+        if not explains:
+            self._raise_obstacles(shape_given=input_shape is not None)
+            if self.failure is not None:
+                raise self.failure
 
     # what is unknown
 
@@ -293,6 +303,7 @@ class _Walk:
 
     def _fill(self, part: _Part) -> None:
         module: Any = part.module
+        refuse_wrapper(module)
         if _is_ours(module):
             require_intact(module)
             module.check_parts()
@@ -324,21 +335,31 @@ class _Walk:
         if type(module).__module__.startswith("torch.nn."):
             raise UnknownBoundError("no bound is known for this type")
         if module not in self.programs:
-            self.programs[module] = trace(module, _is_leaf)
+            given = self.seen.given(module)
+            inputs: Any = None if given is None else ((given,), {})
+            if part.path == "" and self.inputs is not None and not self.blind:
+                inputs = self.inputs.arguments
+            device = self.inputs.device if self.inputs is not None else torch.device("cpu")
+            self.programs[module] = trace(module, _is_leaf, inputs, partial(self._result, module), device)
         part.program = program = self.programs[module]
         for name in program.calls():
             self._child(part, name, module.get_submodule(name))
-        part.compute = lambda: max(bounds[program.output] for bounds in self._program_bounds(part))
+        part.compute = lambda: max(bounds.values[program.output] for bounds in self._program_bounds(part))
+
+    def _result(self, module: nn.Module, name: str, given: Given) -> Given | None:
+        """What a module within another one returned."""
+        return self.seen.results.get(module.get_submodule(name), {}).get(given)
 
     def _child(self, part: _Part, name: str, module: nn.Module) -> _Part:
         return self._understand(module, _join(part.path, name))
 
-    def _try(self, model: nn.Module, input_shape: Shape) -> None:
+    def _try(self, model: nn.Module) -> None:
         """Compare the programs with the model."""
         sequences = {path: [c.path for c in part.children] for path, part in self.parts.items() if part.is_sequence}
         programs = {path: part.program for path, part in self.parts.items() if part.program is not None}
+        assert self.inputs is not None
         try:
-            compared = Trial(model, input_shape, _like(model), sequences, programs)
+            compared = Trial(model, self.inputs, sequences, programs)
         except UnknownBoundError as error:
             self.blind = True
             return self._refuse("", error)
@@ -356,14 +377,52 @@ class _Walk:
         for part in list(self.parts.values()):
             if part.program is None:
                 continue
-            errors: list[UnknownBoundError] = []
+            errors: list[tuple[str, UnknownBoundError]] = []
+            constants = self._constants(part)
             for shapes in part.shapes or [None]:
-                graph_bounds(part.program.graph, lambda name: 1.0, shapes, errors)
+                graph_bounds(
+                    part.program, partial(self._leaf, part, known=False), shapes, constants, errors, norms=False
+                )
             if self.blind and not errors:
-                errors.append(UnknownBoundError("a traced forward is compared with what it computes: pass input_shape"))
-            for error in errors:
+                errors.append(
+                    ("", UnknownBoundError("a traced forward is compared with what it computes: pass input_shape"))
+                )
+            for _, error in errors:
                 if part.shapes or self.blind or "pass input_shape" not in str(error):  # without shapes it is refused
                     self._refuse(part.path, error)
+        for part in list(self.parts.values()):
+            if _is_container(part.module) and any(self._effect(child) is Effect.WRITES for child in part.children):
+                self._refuse(
+                    part.path,
+                    UnknownBoundError("a branch writes to its input in place: write out of place in its forward"),
+                )
+
+    def _leaf(self, part: _Part, name: str, known: bool = True) -> Leaf:
+        """A module that a program calls; before anything is `known`, with a bound of 1."""
+        child = self.parts[_join(part.path, name)]
+        return Leaf((lambda: self.bound(child)) if known else lambda: 1.0, self._effect(child))
+
+    def _effect(self, part: _Part) -> Effect:
+        """What a module does to the memory of its input."""
+        if part.path not in self.effects:
+            self.effects[part.path] = self._found_effect(part)
+        return self.effects[part.path]
+
+    def _found_effect(self, part: _Part) -> Effect:
+        if part.program is not None:
+            leaf, shapes = partial(self._leaf, part, known=False), (part.shapes or [None])[0]
+            found = graph_bounds(part.program, leaf, shapes, self._constants(part), [], norms=False)
+            return Effect.WRITES if found.writes_to_input else Effect.MAY_SHARE
+        if part.is_sequence:
+            for child in part.children:
+                effect = self._effect(child)
+                if effect is not Effect.MAY_SHARE:
+                    return effect
+        return Effect.FRESH if type(part.module) in _FRESH else Effect.MAY_SHARE
+
+    def _constants(self, part: _Part) -> dict[fx.Node, Any]:
+        assert part.program is not None
+        return constant_values(part.program, lambda name: _tensor(part.module, name))
 
     def _refuse(self, path: str, error: LipschitzError) -> None:
         errors = self.refused.setdefault(path, [])
@@ -413,15 +472,11 @@ class _Walk:
             return value.upper
         return value
 
-    def _program_bounds(self, part: _Part) -> list[dict[fx.Node, float]]:
+    def _program_bounds(self, part: _Part) -> list[Bounds]:
         """The bounds of its values, for each shape of input that it has seen."""
-        program = part.program
-        assert program is not None
-
-        def leaf_bound(name: str) -> float:
-            return self.bound(self.parts[_join(part.path, name)])
-
-        return [graph_bounds(program.graph, leaf_bound, shapes) for shapes in part.shapes]
+        assert part.program is not None
+        constants = self._constants(part)
+        return [graph_bounds(part.program, partial(self._leaf, part), shapes, constants) for shapes in part.shapes]
 
     def estimated_split(self) -> HeadSplit:
         """With the estimates of the layers in sequence as they are, tensors too, and no value of these read."""
@@ -458,10 +513,17 @@ class _Walk:
             return HeadSplit(upward.product(below, inner.body_bound), inner.head)
         last = part.program and part.program.output.args[0]
         if isinstance(last, fx.Node) and last.op == "call_module":
-            below = max(bounds[last.all_input_nodes[0]] for bounds in self._program_bounds(part))
+            below = max(bounds.given[last] for bounds in self._program_bounds(part))
             inner = self.split(self.parts[_join(part.path, str(last.target))])
             return HeadSplit(upward.product(below, inner.body_bound), inner.head)
         return HeadSplit(self.bound(part), None)
+
+
+# of torch's modules, those that never return what they are given, or a view of it
+_FRESH = {
+    nn.Linear,
+    *(getattr(nn, f"{kind}{n}d") for kind in ("Conv", "ConvTranspose", "BatchNorm") for n in (1, 2, 3)),
+}
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -474,7 +536,7 @@ def _is_container(module: nn.Module) -> bool:
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether a trace takes a module as a single call."""
-    known = _is_ours(module) or _is_container(module) or _is_sequential(module) or type(module) in RULES
+    known = _is_ours(module) or _is_container(module) or _is_sequential(module) or plain_type(module) in RULES
     return known or type(module).__module__.startswith("torch.nn.") or is_changed(module)
 
 
@@ -518,37 +580,7 @@ def _check_finite(module: nn.Module, path: str) -> None:
             raise NonFiniteError(f"{_join(path, name)}: contains NaN or infinity; the weights cannot be certified")
 
 
-def _like(model: nn.Module) -> Tensor:
-    """A tensor of the dtype and device that the model runs in."""
-    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-
-
-def _record_shapes(model: nn.Module, input_shape: Shape) -> dict[nn.Module, set]:
-    """The input shapes, without the batch, that each module sees when a copy of the model runs on zeros in eval mode.
-
-    Raises:
-        ShapeError: it does not run.
-        UnknownBoundError: it cannot be copied.
-    """
-    shapes: dict[nn.Module, set] = {}
-
-    def record(original: nn.Module, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        given = next(iter((*args, *kwargs.values())), None)
-        if isinstance(given, Tensor):
-            shapes.setdefault(original, set()).add(tuple(given.shape[1:]))
-
-    like = _like(model)
-    tried = private_copy(model).eval()
-    for original, module in zip(model.modules(), tried.modules(), strict=True):
-        module.register_forward_hook(partial(record, original), with_kwargs=True)
-    try:
-        with torch.no_grad():
-            tried(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
-    except ShapeError:
-        raise
-    except Exception as error:  # the model's own code: anything may come out
-        raise ShapeError(
-            f"the model does not accept inputs of shape {input_shape} ({' '.join(str(error).split())}); "
-            f"pass the shape of one input without the batch dimension"
-        ) from None
-    return shapes
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its path."""
+    path, _, name = name.rpartition(".")
+    return getattr(module.get_submodule(path), name)

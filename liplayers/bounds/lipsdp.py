@@ -35,8 +35,8 @@ from liplayers.bounds.composition import (
     _children,
     _is_sequential,
     _join,
-    _record_shapes,
 )
+from liplayers.bounds.inputs import record_shapes
 from liplayers.bounds.torch_modules import Shape, torch_bound
 from liplayers.core.intact import require_intact
 from liplayers.core.precision import executed
@@ -162,7 +162,7 @@ def _above(x: float, roundings: int) -> float:
 def _read(model: nn.Module, input_shape: Shape) -> tuple[float, list[_Step]]:
     """The steps of a model, and the product of its scalar factors: the inequality is homogeneous in each signal."""
     leaves = list(_leaves(model, ""))
-    shapes = _record_shapes(model, tuple(input_shape))
+    shapes = record_shapes(model, tuple(input_shape))
     factor, width = 1.0, 0
     steps: list[_Step] = []
     for path, module in leaves:

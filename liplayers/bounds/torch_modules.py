@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from liplayers.core.parametrized import plain_type, require_constant
 from liplayers.core.precision import executed
@@ -19,7 +20,17 @@ from liplayers.linalg.convolution import overlap
 from liplayers.linalg.verified import Enclosure, conv_norm_enclosure, norm_enclosure
 from liplayers.modules.activations import slope_range
 
-__all__ = ["RULES", "Bound", "Rule", "Shape", "torch_bound"]
+__all__ = [
+    "RULES",
+    "Bound",
+    "Rule",
+    "Shape",
+    "conv_bound",
+    "matrix_bound",
+    "padding_bound",
+    "torch_bound",
+    "torch_rule",
+]
 
 Shape = tuple[int, ...]
 Bound = float | Enclosure
@@ -30,35 +41,76 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
+def _axes(value: Any, axes: int) -> tuple[int, ...]:
+    """One number for each axis."""
+    return (value,) * axes if isinstance(value, int) else tuple(value) * (axes if len(value) == 1 else 1)
+
+
 def _isometry(module: nn.Module, shape: Shape | None) -> float:
     return 1.0
 
 
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+def matrix_bound(weight: Tensor) -> Callable[[], Enclosure]:
+    """The norm of a matrix as it runs."""
+    if weight.dim() != 2:
+        raise UnknownBoundError(f"its weight is of shape {tuple(weight.shape)}; expected a matrix")
+    return lambda: norm_enclosure(executed(weight))
+
+
+def conv_bound(weight: Tensor, stride: Any = 1, dilation: Any = 1, groups: int = 1) -> Callable[[], Bound]:
+    """The norm of a convolution, and of its adjoint, on the infinite grid; padding with zeros leaves it a bound.
+
+    Of images with depth: the sum over the kernel's slices, each of which convolves with some of the planes.
+    """
+    axes = weight.dim() - 2
+    if axes not in (1, 2, 3):
+        raise UnknownBoundError(
+            f"its kernel is of shape {tuple(weight.shape)}; expected one of lines, images or volumes"
+        )
+    strides, dilations = (_pair((1, *_axes(v, axes))[-2:]) for v in (stride, dilation))
+
+    def plane(kernel: Tensor) -> Enclosure:
+        return conv_norm_enclosure(kernel, strides, dilations, groups)
+
+    def norm() -> Bound:
+        kernel = executed(weight)
+        if axes == 3:
+            return upward.total(*(plane(part).upper for part in kernel.unbind(2)))
+        return plane(kernel.unsqueeze(2) if axes == 1 else kernel)
+
+    return norm
+
+
 def _linear(module: nn.Linear, shape: Shape | None) -> Callable[[], Enclosure]:
-    return lambda: norm_enclosure(executed(module.weight))
+    return matrix_bound(module.weight)
 
 
-def _conv(module: nn.Conv1d | nn.Conv2d, shape: Shape | None) -> Callable[[], Bound]:
+def _conv(module: Any, shape: Shape | None) -> Callable[[], Bound]:
     """The norm on the infinite grid times that of the padding, which zeros and a mere wrap-around leave at 1."""
-    line = module.weight.dim() == 3  # an image of height 1
-    stride, dilation = _sizes(module.stride, line), _sizes(module.dilation, line)
-    groups = module.groups
-
-    def norm() -> Enclosure:
-        weight = executed(module.weight)
-        return conv_norm_enclosure(weight.unsqueeze(2) if line else weight, stride, dilation, groups)
-
+    norm = conv_bound(module.weight, module.stride, module.dilation, module.groups)
     pads = _per_axis(module._reversed_padding_repeated_twice)
     if module.padding_mode == "zeros" or not any(map(any, pads)):
         return norm
     if module.padding_mode == "circular" and _wraps_around(module, pads, shape):
         return norm
     padding = _padding_norm(module.padding_mode, pads, shape)
-    return lambda: upward.product(norm().upper, padding)
+
+    def padded() -> float:
+        found = norm()
+        return upward.product(found.upper if isinstance(found, Enclosure) else found, padding)
+
+    return padded
 
 
-def _sizes(value: int | tuple[int, ...], line: bool) -> tuple[int, int]:
-    return (1, _pair(value)[0]) if line else _pair(value)
+def _conv_transpose(module: Any, shape: Shape | None) -> Callable[[], Bound]:
+    """The norm of its adjoint, a convolution with the same kernel."""
+    return conv_bound(module.weight, module.stride, module.dilation, module.groups)
+
+
+# Padding --------------------------------------------------------------------------------------------------------------
 
 
 def _per_axis(pads: Sequence[int]) -> list[tuple[int, int]]:
@@ -66,15 +118,20 @@ def _per_axis(pads: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(pads[::2], pads[1::2], strict=True))[::-1]
 
 
-def _wraps_around(module: nn.Conv1d | nn.Conv2d, pads: list[tuple[int, int]], shape: Shape | None) -> bool:
+def _wraps_around(module: Any, pads: list[tuple[int, int]], shape: Shape | None) -> bool:
     """Whether circular padding makes of each axis a torus, or less, on which the convolution acts."""
     axes = len(pads)
-    spans = (d * (k - 1) for k, d in zip(module.weight.shape[2:], _pair(module.dilation)[:axes], strict=True))
+    spans = (d * (k - 1) for k, d in zip(module.weight.shape[2:], _axes(module.dilation, axes), strict=True))
     if any(sum(pad) > span for pad, span in zip(pads, spans, strict=True)):
         return False
     sizes = (None,) * axes if shape is None else shape[-axes:]
-    strides = _pair(module.stride)[:axes]
+    strides = _axes(module.stride, axes)
     return all(s == 1 or (n is not None and n % s == 0) for n, s in zip(sizes, strides, strict=True))
+
+
+def padding_bound(mode: str, pad: Sequence[int], shape: Shape | None) -> float:
+    """The norm of F.pad."""
+    return _padding_norm(mode, _per_axis(pad), shape)
 
 
 def _padding_norm(mode: str, pads: list[tuple[int, int]], shape: Shape | None) -> float:
@@ -96,76 +153,89 @@ def _copies(mode: str, before: int, after: int, size: int | None) -> int:
     return 1 + (before > 0) + (after > 0)  # each side repeats a pixel once: torch pads by less than the image
 
 
-def _pad2d(module: nn.ReflectionPad2d | nn.ReplicationPad2d | nn.CircularPad2d, shape: Shape | None) -> float:
-    return _padding_norm(_PAD_MODES[type(module)], _per_axis(module.padding), shape)
+def _pad(mode: str, module: Any, shape: Shape | None) -> float:
+    return padding_bound(mode, module.padding, shape)
 
 
-_PAD_MODES: dict[type[nn.Module], str] = {
-    nn.ReflectionPad2d: "reflect",
-    nn.ReplicationPad2d: "replicate",
-    nn.CircularPad2d: "circular",
-}
+# Pooling and interpolation --------------------------------------------------------------------------------------------
 
 
-def _conv_transpose2d(module: nn.ConvTranspose2d, shape: Shape | None) -> Callable[[], Enclosure]:
-    """The norm of its adjoint, a convolution with the same kernel."""
-    stride, dilation, groups = _pair(module.stride), _pair(module.dilation), module.groups
-    return lambda: conv_norm_enclosure(executed(module.weight), stride, dilation, groups)
-
-
-def _overlaps(module: nn.MaxPool2d | nn.AvgPool2d) -> int:
+def _overlaps(module: Any, axes: int) -> int:
     """How many windows meet in a pixel; pooling of norm 1 in each window has the root of it as its norm."""
-    dilation = _pair(getattr(module, "dilation", 1))
+    dilation = _axes(getattr(module, "dilation", 1), axes)
     stride = module.kernel_size if module.stride is None else module.stride
-    sizes = zip(_pair(module.kernel_size), _pair(stride), dilation, strict=True)
+    sizes = zip(_axes(module.kernel_size, axes), _axes(stride, axes), dilation, strict=True)
     return math.prod(overlap(*size) for size in sizes)
 
 
-def _max_pool(module: nn.MaxPool2d, shape: Shape | None) -> float:
+def _refuse_indices(module: Any) -> None:
     if module.return_indices:
         raise UnknownBoundError("return_indices=True")
-    return upward.root(_overlaps(module))
 
 
-def _avg_pool(module: nn.AvgPool2d, shape: Shape | None) -> float:
-    area = math.prod(_pair(module.kernel_size))
-    if module.divisor_override:
+def _max_pool(axes: int, module: Any, shape: Shape | None) -> float:
+    _refuse_indices(module)
+    return upward.root(_overlaps(module, axes))
+
+
+def _avg_pool(axes: int, module: Any, shape: Shape | None) -> float:
+    area = math.prod(_axes(module.kernel_size, axes))
+    if getattr(module, "divisor_override", None):
         square = Fraction(area, module.divisor_override**2)
-    elif module.ceil_mode or (_pair(module.padding) != (0, 0) and not module.count_include_pad):
+    elif module.ceil_mode or (any(_axes(module.padding, axes)) and not module.count_include_pad):
         square = Fraction(1)  # a window at the border may average a single pixel
     else:
         square = Fraction(1, area)
-    return upward.root(square * _overlaps(module))
+    return upward.root(square * _overlaps(module, axes))
 
 
-def _adaptive_sizes(module: nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d, shape: Shape | None) -> list[tuple[int, int]]:
-    """(size of the image, size of the output) for height and width; an output size of None is that of the image."""
+def _adaptive_sizes(axes: int, module: Any, shape: Shape | None) -> list[tuple[int, int]]:
+    """(size of the image, size of the output) of each axis; an output size of None is that of the image."""
     if shape is None:
         raise UnknownBoundError("its bound depends on the image size: pass input_shape")
     target: Any = module.output_size
-    target = target if isinstance(target, (tuple, list)) else (target, target)
-    return [(n, out or n) for n, out in zip(shape[-2:], target, strict=True)]
+    target = target if isinstance(target, (tuple, list)) else (target,) * axes
+    return [(n, n if out is None else out) for n, out in zip(shape[-axes:], target, strict=True)]
 
 
-def _adaptive_avg_pool(module: nn.AdaptiveAvgPool2d, shape: Shape | None) -> float:
-    sizes = _adaptive_sizes(module, shape)
-    if any(n % out for n, out in sizes):
-        image, target = zip(*sizes, strict=True)
-        raise UnknownBoundError(f"output size {target} does not divide the image {image}: windows overlap")
-    return upward.root(Fraction(1, math.prod(n // out for n, out in sizes)))
+def _window(size: int, windows: int, i: int) -> range:
+    """The pixels of one window of adaptive pooling along one axis, [⌊i·n/w⌋, ⌈(i + 1)·n/w⌉)."""
+    return range(i * size // windows, -(-(i + 1) * size // windows))
 
 
-def _adaptive_max_pool(module: nn.AdaptiveMaxPool2d, shape: Shape | None) -> float:
-    if module.return_indices:
-        raise UnknownBoundError("return_indices=True")
-    return upward.root(math.prod(_windows_on_a_pixel(n, out) for n, out in _adaptive_sizes(module, shape)))
+def _adaptive_avg_pool(axes: int, module: Any, shape: Shape | None) -> Bound | Callable[[], Bound]:
+    """The product over the axes of the norms of the matrices that average; 1/√k where windows of k pixels tile."""
+    sizes = _adaptive_sizes(axes, module, shape)
+    if all(out == 0 or n % out == 0 or out % n == 0 for n, out in sizes):
+        return upward.product(*(_averaging_norm(n, out) for n, out in sizes))
+    return lambda: upward.product(*(_averaging_norm(n, out) for n, out in sizes))
+
+
+def _averaging_norm(size: int, windows: int) -> float:
+    """Of adaptive averages along one axis."""
+    if not windows:
+        return 0.0
+    if size % windows == 0:
+        return upward.root(Fraction(windows, size))
+    if windows % size == 0:
+        return upward.root(windows // size)  # each pixel is repeated
+    A = torch.zeros(windows, size, dtype=torch.float64)
+    for i in range(windows):
+        window = _window(size, windows, i)
+        A[i, window.start : window.stop] = 1 / len(window)
+    return upward.product(norm_enclosure(A).upper, 1 + _ENTRIES)
+
+
+def _adaptive_max_pool(axes: int, module: Any, shape: Shape | None) -> float:
+    _refuse_indices(module)
+    return upward.root(math.prod(_windows_on_a_pixel(n, out) for n, out in _adaptive_sizes(axes, module, shape)))
 
 
 def _windows_on_a_pixel(size: int, windows: int) -> int:
-    """How many of the windows [⌊i·n/w⌋, ⌈(i + 1)·n/w⌉) of adaptive pooling meet in one pixel, along one axis."""
+    """How many of the windows of adaptive pooling meet in one pixel, along one axis."""
     meeting = [0] * size
     for i in range(windows):
-        for pixel in range(i * size // windows, -(-(i + 1) * size // windows)):
+        for pixel in _window(size, windows, i):
             meeting[pixel] += 1
     return max(meeting)
 
@@ -181,14 +251,58 @@ def _lp_pool(module: nn.LPPool2d, shape: Shape | None) -> float:
     return 1.0
 
 
-def _batch_norm(module: nn.BatchNorm2d, shape: Shape | None) -> float:
+_ENTRIES = 2.0**-40  # relative: of matrices whose rows sum up to 1, what rounding their entries may change of the norm
+
+
+def _upsample(module: nn.Upsample, shape: Shape | None) -> Callable[[], float]:
+    """The product over the axes of the norms of the matrices that interpolate, which torch applies one by one."""
+    if shape is None:
+        raise UnknownBoundError("its bound depends on the image size: pass input_shape")
+    axes = len(shape) - 1
+    if module.mode == "area":
+        like: Any = torch.empty(1, *shape, device="meta")
+        out = F.interpolate(like, module.size, module.scale_factor, "area").shape[-axes:]
+        return lambda: upward.product(*(_averaging_norm(n, m) for n, m in zip(shape[-axes:], out, strict=True)))
+    return lambda: upward.product(*(_interpolation_norm(module, axis, axes, shape) for axis in range(axes)))
+
+
+def _interpolation_norm(module: nn.Upsample, axis: int, axes: int, shape: Shape) -> float:
+    """Along one axis: of what becomes of each pixel of a line."""
+    n = shape[axis - axes]
+    sizes = [1] * axes
+    sizes[axis] = n
+    size = None if module.size is None else [1] * axes
+    scale = None if module.scale_factor is None else [1.0] * axes
+    if size is not None:
+        size[axis] = _axes(module.size, axes)[axis]
+    if scale is not None:
+        factor: Any = module.scale_factor
+        scale[axis] = factor if isinstance(factor, (int, float)) else tuple(factor)[axis]
+
+    def resized(dtype: torch.dtype) -> Tensor:
+        lines = torch.eye(n, dtype=dtype).view(1, n, *sizes)
+        result = F.interpolate(lines, size, scale, module.mode, module.align_corners, module.recompute_scale_factor)
+        return result.reshape(n, -1).T.double()
+
+    if module.mode in ("nearest", "nearest-exact"):  # which pixel is the nearest one may be rounded
+        return upward.root(max(int(resized(dtype).sum(0).max()) for dtype in (torch.float32, torch.float64)))
+    return upward.product(norm_enclosure(resized(torch.float64)).upper, 1 + _ENTRIES)
+
+
+# Normalisation, activations, and the rest -----------------------------------------------------------------------------
+
+
+def _batch_norm(module: Any, shape: Shape | None) -> float:
     if module.training or module.running_var is None:
         raise UnknownBoundError("it has a bound only in eval mode with running statistics: call model.eval()")
-    variances = [Fraction(v) + Fraction(module.eps) for v in module.running_var.double().tolist()]
-    weights = [1.0] * len(variances) if module.weight is None else module.weight.double().tolist()
-    if min(variances) <= 0:
+    variances = module.running_var.double()
+    weights = torch.ones_like(variances) if module.weight is None else module.weight.double()
+    if not (variances + module.eps > 0).all():
         return math.inf
-    return upward.root(max(Fraction(w) ** 2 / v for w, v in zip(weights, variances, strict=True)))
+    squares = weights.square() / (variances + module.eps)
+    largest = squares >= squares.max() * (1 - 2.0**-40)  # among these is the largest one
+    pairs = zip(weights[largest].tolist(), variances[largest].tolist(), strict=True)
+    return upward.root(max(Fraction(w) ** 2 / (Fraction(v) + Fraction(module.eps)) for w, v in pairs))
 
 
 def _refuse_randomness(module: nn.Module) -> None:
@@ -196,7 +310,7 @@ def _refuse_randomness(module: nn.Module) -> None:
         raise UnknownBoundError("it is random in training mode: call model.eval()")
 
 
-def _dropout(module: nn.Dropout, shape: Shape | None) -> float:
+def _dropout(module: nn.Module, shape: Shape | None) -> float:
     _refuse_randomness(module)
     return 1.0
 
@@ -214,6 +328,48 @@ def _entrywise(module: nn.Module) -> float | None:
     return bound
 
 
+def _softplus(module: nn.Softplus, shape: Shape | None) -> float:
+    """Of log(1 + exp(βx))/β, with slopes in [0, 1]; torch's jumps to x at the threshold, which certificates count."""
+    if module.beta <= 0 or module.threshold < 20:
+        raise UnknownBoundError(
+            f"beta={module.beta}, threshold={module.threshold}: where it becomes x it jumps by "
+            "log(1 + exp(−threshold))/β; known are beta > 0 and threshold of at least 20"
+        )
+    return 1.0
+
+
+def _softmax(module: Any, shape: Shape | None) -> float:
+    """Its Jacobian diag(p) − ppᵀ is symmetric with absolute row sums 2p(1 − p) ≤ 1/2 (softmin: of −x)."""
+    _known_dim(module, shape)
+    return 0.5
+
+
+def _log_softmax(module: nn.LogSoftmax, shape: Shape | None) -> float:
+    """Its Jacobian I − 1pᵀ is a projection, with the norm of its complement 1pᵀ: √n·‖p‖ ≤ √n."""
+    dim = _known_dim(module, shape)
+    if shape is None:
+        raise UnknownBoundError("its bound depends on the number of entries: pass input_shape")
+    return upward.root(((None, *shape)[dim]) or 0)
+
+
+def _known_dim(module: Any, shape: Shape | None) -> int:
+    if not isinstance(module.dim, int):
+        raise UnknownBoundError("dim=None: say along which dimension")
+    if module.dim < 0 and shape is None:
+        raise UnknownBoundError("its dim may be the batch: pass input_shape")
+    return module.dim
+
+
+def _softmax2d(module: nn.Softmax2d, shape: Shape | None) -> float:
+    if shape is None or len(shape) != 3:
+        raise UnknownBoundError("its bound is that of images (N, C, H, W): pass input_shape")
+    return 0.5
+
+
+def _glu(module: nn.GLU, shape: Shape | None) -> float:
+    raise UnknownBoundError("a·sigmoid(b) has slopes as large as a, which is not bounded")
+
+
 def _flatten(module: nn.Flatten, shape: Shape | None) -> float:
     if module.start_dim < 0 and shape is None:
         raise UnknownBoundError("its start_dim may be the batch: pass input_shape")
@@ -229,28 +385,42 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.PixelShuffle: _isometry,
     nn.PixelUnshuffle: _isometry,
     nn.ChannelShuffle: _isometry,
-    nn.ZeroPad2d: _isometry,
-    nn.ConstantPad2d: _isometry,
-    nn.ReflectionPad2d: _pad2d,
-    nn.ReplicationPad2d: _pad2d,
-    nn.CircularPad2d: _pad2d,
     nn.Linear: _linear,
-    nn.Conv1d: _conv,
-    nn.Conv2d: _conv,
-    nn.ConvTranspose2d: _conv_transpose2d,
-    nn.MaxPool2d: _max_pool,
-    nn.AvgPool2d: _avg_pool,
-    nn.AdaptiveAvgPool2d: _adaptive_avg_pool,
-    nn.AdaptiveMaxPool2d: _adaptive_max_pool,
     nn.LPPool2d: _lp_pool,
-    nn.BatchNorm1d: _batch_norm,
-    nn.BatchNorm2d: _batch_norm,
+    nn.Upsample: _upsample,
+    nn.UpsamplingNearest2d: _upsample,
+    nn.UpsamplingBilinear2d: _upsample,
+    nn.Softplus: _softplus,
+    nn.Softmax: _softmax,
+    nn.Softmin: _softmax,
+    nn.Softmax2d: _softmax2d,
+    nn.LogSoftmax: _log_softmax,
+    nn.GLU: _glu,
+    nn.AlphaDropout: _dropout,
+    nn.FeatureAlphaDropout: _dropout,
     nn.Dropout: _dropout,
 }
+for _n in (1, 2, 3):
+    _rules: dict[str, Rule] = {
+        "Conv": _conv,
+        "ConvTranspose": _conv_transpose,
+        "BatchNorm": _batch_norm,
+        "Dropout": _dropout,
+        "ZeroPad": _isometry,
+        "ConstantPad": _isometry,
+        "ReflectionPad": partial(_pad, "reflect"),
+        "ReplicationPad": partial(_pad, "replicate"),
+        "CircularPad": partial(_pad, "circular"),
+        "MaxPool": partial(_max_pool, _n),
+        "AvgPool": partial(_avg_pool, _n),
+        "AdaptiveAvgPool": partial(_adaptive_avg_pool, _n),
+        "AdaptiveMaxPool": partial(_adaptive_max_pool, _n),
+    }
+    RULES |= {getattr(nn, f"{_name}{_n}d"): _rule for _name, _rule in _rules.items()}
 
 
-def torch_bound(module: nn.Module, shape: Shape | None) -> Callable[[], Bound] | None:
-    """What computes the bound of one of torch's modules on inputs of `shape`, of a weight from both sides.
+def torch_rule(module: nn.Module, shape: Shape | None) -> Bound | Callable[[], Bound] | None:
+    """The bound of one of torch's modules on inputs of `shape`, or what computes it where that takes long.
 
     None if it is not known. The exact type counts: a subclass may compute something else.
 
@@ -261,6 +431,14 @@ def torch_bound(module: nn.Module, shape: Shape | None) -> Callable[[], Bound] |
     rule = RULES.get(plain_type(module))
     with torch.no_grad():
         bound = _entrywise(module) if rule is None else rule(module, shape)
-    if bound is None:
-        return None
-    return torch.no_grad()(bound) if callable(bound) else lambda: bound
+    return torch.no_grad()(bound) if callable(bound) else bound
+
+
+def torch_bound(module: nn.Module, shape: Shape | None) -> Callable[[], Bound] | None:
+    """What computes `torch_rule`, of a weight from both sides; None if it is not known.
+
+    Raises:
+        UnknownBoundError: there is none for this shape or these arguments.
+    """
+    bound = torch_rule(module, shape)
+    return bound if bound is None or callable(bound) else lambda: bound

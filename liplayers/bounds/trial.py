@@ -15,13 +15,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from liplayers.bounds.graph import Program, Shapes
+from liplayers.bounds.graph import Shapes
+from liplayers.bounds.inputs import Inputs
+from liplayers.bounds.trace import Given, Program
 from liplayers.bounds.twin import private_copy
 from liplayers.errors import UnknownBoundError
 
@@ -35,11 +39,14 @@ _APART = 1e4  # rounding units by which logits may depend on the size of the bat
 
 @dataclass
 class _Call:
-    """One call of a module: what it was given and returned, as objects and as the values that they had then."""
+    """One call of a module: what it was given and returned, as objects and as the values that they had then.
+
+    What it is given are the tensors among its arguments.
+    """
 
     module: nn.Module
-    given: Any
-    before: Any
+    given: list[Any]
+    before: list[Any]
     result: Any = None
     after: Any = None
     calls: list[_Call] = field(default_factory=list)
@@ -61,13 +68,18 @@ class _Answers:
         return _given(self.left.popleft())
 
 
+def _answered(answers: _Answers, in_place: bool, *args: Any, **kwargs: Any) -> Tensor:
+    answer = answers(*args, **kwargs)
+    (x,) = (*args, *kwargs.values())
+    return x.copy_(answer) if in_place else answer
+
+
 class Trial:
     """The runs, and what they showed.
 
     Args:
         model: as it is, in its mode; a copy of it runs.
-        input_shape: of one input, without the batch dimension.
-        like: a tensor of the dtype and on the device that the model runs in.
+        inputs: of the model.
         sequences: the paths of the children of each sequence.
         programs: by path.
 
@@ -83,13 +95,12 @@ class Trial:
     def __init__(
         self,
         model: nn.Module,
-        input_shape: tuple[int, ...],
-        like: Tensor,
+        inputs: Inputs,
         sequences: Mapping[str, Sequence[str]],
         programs: Mapping[str, Program],
     ) -> None:
         self.refused: dict[str, str] = {}
-        self._seen: dict[tuple[Program, tuple[int, ...]], dict[fx.Node, dict[int, tuple[int, ...]]]] = {}
+        self._seen: dict[tuple[Program, tuple], dict[fx.Node, dict[int, tuple[int, ...]]]] = {}
         self._model = private_copy(model)
         for module in self._model.modules():  # they only see gradients, but stand between what is returned and given
             module._backward_hooks.clear()
@@ -99,11 +110,12 @@ class Trial:
         self._calls: list[_Call] = []
         largest = max(size for size, _ in _RUNS)
         self._generator = torch.Generator().manual_seed(0)
-        samples = self._random(like.new_empty(largest, *input_shape))
+        self._inputs = inputs
+        samples = inputs.filled(partial(self._sample, largest))
         results, states = [], []
         with self._recorded():
             for size, mode in _RUNS:
-                results.append(self._run(samples[:size], mode))
+                results.append(self._run([x[:size] for x in samples], mode))
                 states.append(self._states())  # after each run: what the first one sets shows in what the next computes
         for path, before in states[0].items():
             after = states[-1][path]
@@ -111,12 +123,12 @@ class Trial:
             if changed is not None:
                 self.refused[path] = f"a call changes {changed}, on which its forward may depend: keep no state"
         if not self.refused:
-            _check_samples_apart(results, like)
+            _check_samples_apart(results, samples[0])
 
     @property
-    def shapes(self) -> dict[Program, dict[tuple[int, ...], Shapes]]:
+    def shapes(self) -> dict[Program, dict[tuple, Shapes]]:
         """See the class."""
-        found: dict[Program, dict[tuple[int, ...], Shapes]] = {}
+        found: dict[Program, dict[tuple, Shapes]] = {}
         for (program, given), nodes in self._seen.items():
             found.setdefault(program, {})[given] = {node: _without_batch(sizes) for node, sizes in nodes.items()}
         return found
@@ -124,18 +136,19 @@ class Trial:
     def _part(self, path: str) -> nn.Module:
         return self._model.get_submodule(path)
 
-    def _run(self, samples: Tensor, mode: Callable[[], Any]) -> Any:
+    def _run(self, samples: list[Tensor], mode: Callable[[], Any]) -> list[Any]:
         with torch.inference_mode(False), mode():
             try:
-                result = self._model(_given(samples))
+                args, kwargs = self._inputs.nested([*map(_given, samples)])
+                result = self._model(*args, **kwargs)
             except Exception as error:  # of the user's code: anything may come out
                 raise UnknownBoundError(
-                    f"it does not run on a batch of {len(samples)} ({' '.join(str(error).split())})"
+                    f"it does not run on a batch of {len(samples[0])} ({' '.join(str(error).split())})"
                 ) from None
             calls, self._calls = self._calls, []
             for call in calls:
-                self._verify(call, len(samples))
-        return result.detach() if isinstance(result, Tensor) else result
+                self._verify(call, len(samples[0]))
+        return tree_leaves(tree_map(_kept, result))
 
     # recording
 
@@ -147,14 +160,14 @@ class Trial:
         stack: list[_Call] = []
 
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            given = next(iter((*args, *kwargs.values())), None)
-            call = _Call(module, given, _kept(given) if module in called else None)
+            given = tree_leaves((args, kwargs))
+            call = _Call(module, given, [*map(_kept, given)] if module in called else [])
             (stack[-1].calls if stack else self._calls).append(call)
             stack.append(call)
 
         def leave(module: nn.Module, args: tuple, result: Any) -> None:
             call = stack.pop()
-            call.result, call.after = result, _kept(result) if module in called else None
+            call.result, call.after = result, tree_map(_kept, result) if module in called else None
 
         handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in everything]
         handles += [m.register_forward_hook(leave) for m in everything]
@@ -175,10 +188,10 @@ class Trial:
             self._verify(inner, batch)
 
     def _verify_sequence(self, call: _Call) -> None:
-        children, value = self._sequences[call.module], call.given
+        children, value = self._sequences[call.module], call.given[0] if len(call.given) == 1 else None
         same = len(children) == len(call.calls)
         for child, inner in zip(children, call.calls, strict=False):
-            same &= inner.module is child and inner.given is value
+            same &= inner.module is child and len(inner.given) == 1 and inner.given[0] is value
             value = inner.result
         if not same or call.result is not value:
             path = next(name for name, m in self._model.named_modules() if m is call.module)
@@ -191,13 +204,13 @@ class Trial:
         def returned(name: str, *args: Any, **kwargs: Any) -> Any:
             inner = left.popleft()
             (x,) = (*args, *kwargs.values())
-            if inner.module is not call.module.get_submodule(name) or not _same(inner.before, x):
+            if inner.module is not call.module.get_submodule(name) or not _all_same(inner.before, [x]):
                 raise ValueError(name)
             return inner.after
 
         try:
-            values = program.run(_kept(call.before), returned)
-            same = not left and _same(values[program.output], call.after) and self._agree_on_random(call, program)
+            values = program.run([*map(_kept, call.before)], returned)
+            same = not left and _all_same(values[program.output], call.after) and self._agree_on_random(call, program)
         except Exception:  # whatever a program that is not this module's may do
             same = False
         if not same:
@@ -205,37 +218,47 @@ class Trial:
                 "its forward computes something else than its trace: it may ask for the type of its input, for the "
                 "mode of gradients or how often it was called, or change a tensor in place that it uses again"
             )
-        elif isinstance(call.before, Tensor):
-            nodes = self._seen.setdefault((program, tuple(call.before.shape[1:])), {})
+        elif all(isinstance(x, Tensor) for x in call.before):
+            nodes = self._seen.setdefault((program, _shapes(call.before)), {})
             for node, value in values.items():
                 if isinstance(value, Tensor):
                     nodes.setdefault(node, {})[batch] = tuple(value.shape)
 
     def _agree_on_random(self, call: _Call, program: Program) -> bool:
         """In every mode; once for each shape of the input, since only the modes differ."""
-        if (program, tuple(call.before.shape[1:])) in self._seen:
+        if (program, _shapes(call.before)) in self._seen:
             return True
-        x, answers = self._random(call.before), [self._random(inner.after) for inner in call.calls]
+        inputs, answers = [*map(self._random, call.before)], [self._random(inner.after) for inner in call.calls]
         own, traced = _Answers(answers), _Answers(answers)
         leaves = {call.module.get_submodule(path) for path in program.calls()}
         for mode in _MODES:
             with torch.inference_mode(False), mode():
                 for leaf in leaves:
-                    leaf._compiled_call_impl = own  # type: ignore[assignment]
+                    in_place = bool(getattr(leaf, "inplace", False))
+                    leaf._compiled_call_impl = partial(_answered, own, in_place)  # type: ignore[assignment]
                 try:
-                    result = call.module.forward(_given(x))
+                    args, kwargs = tree_unflatten([*map(_given, inputs)], program.inputs)
+                    result = call.module.forward(*args, **kwargs)
                 finally:
                     for leaf in leaves:
                         del leaf._compiled_call_impl
-                values = program.run(_given(x), lambda path, *args, **kwargs: traced(*args, **kwargs))
+                values = program.run([*map(_given, inputs)], lambda path, *args, **kwargs: traced(*args, **kwargs))
                 asked = zip(own.asked, traced.asked, strict=True)
-                if not _same(values[program.output], result) or not all(_same(a, b) for a, b in asked):
+                if not _all_same(values[program.output], result) or not all(_same(a, b) for a, b in asked):
                     return False
                 own.again()
                 traced.again()
         return True
 
+    def _sample(self, batch: int, given: Given) -> Tensor:
+        shape = (batch, *given.shape)
+        if given.dtype.is_floating_point:
+            return self._random(torch.empty(shape, dtype=given.dtype, device=self._inputs.device))
+        return torch.randint(0, 2, shape, generator=self._generator).to(self._inputs.device, given.dtype)
+
     def _random(self, like: Tensor) -> Tensor:
+        if not like.is_floating_point():  # positions in a table
+            return like.clone()
         with torch.inference_mode(False):
             return torch.randn(like.shape, generator=self._generator).to(like.device, like.dtype)
 
@@ -268,6 +291,18 @@ def _same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())  # NaN where both are
 
 
+def _all_same(a: Any, b: Any) -> bool:
+    """Of nested tensors and other values."""
+    (first, structure), (second, other) = tree_flatten(a), tree_flatten(b)
+    if structure != other:
+        return False
+    return all(_same(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(first, second, strict=True))
+
+
+def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(x.shape[1:]) for x in tensors)
+
+
 def _without_batch(sizes: dict[int, tuple[int, ...]]) -> tuple[int, ...] | None:
     """The shape behind the batch dimension, from those for several sizes of the batch; None if it has none."""
     found = {shape[1:] for shape in sizes.values()}
@@ -275,20 +310,21 @@ def _without_batch(sizes: dict[int, tuple[int, ...]]) -> tuple[int, ...] | None:
     return found.pop() if batched and len(found) == 1 else None
 
 
-def _check_samples_apart(results: Sequence[Any], like: Tensor) -> None:
+def _check_samples_apart(results: Sequence[list[Any]], like: Tensor) -> None:
     """Raise unless each sample's result is the same in both batches, up to rounding."""
-    for (size, _), result in zip(_RUNS, results, strict=True):
-        if not isinstance(result, Tensor) or not result.dim() or len(result) != size:
-            return  # what has no sample for each sample is refused by its shape
+    (size, _), (largest, _) = _RUNS
+    for result, other in zip(*results, strict=True):
+        tensors = [isinstance(x, Tensor) and x.dim() > 0 and len(x) == n for x, n in ((result, size), (other, largest))]
+        if not all(tensors):
+            continue  # what has no sample for each sample is refused by its shape
         dtypes = [result.dtype, like.dtype]
         if torch.is_autocast_enabled(like.device.type):
             dtypes.append(torch.get_autocast_dtype(like.device.type))
         if like.device.type != "cpu":
             dtypes.append(torch.float16)  # TF32 has its rounding unit
         unit = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
-        largest = results[-1][:size]
-        distance = (result - largest).abs().amax() if result.numel() else torch.zeros(())
-        if distance > _APART * unit * max(1.0, largest.abs().amax().item()):
+        distance = (result - other[:size]).abs().amax() if result.numel() else torch.zeros(())
+        if distance > _APART * unit * max(1.0, other[:size].abs().amax().item() if result.numel() else 0.0):
             raise UnknownBoundError("its result for a sample depends on the other samples of its batch")
 
 

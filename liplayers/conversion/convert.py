@@ -217,7 +217,7 @@ class _Converter:
             plain = swapped(_plain_linear(module), self.settings, self._place(module))
             self._note(path, module, plain)
             return self._tied(module, plain.module)
-        if program.output.args[0] is program.input:
+        if program.result is program.input:
             self.rows.append(Row(path, type(module).__name__, "", note="no effect in evaluation"))
             return nn.Identity()
         rewriting = Rewriting(module, program, self.seen, self.settings)
@@ -268,7 +268,8 @@ class _Converter:
             *dict(module.named_parameters(remove_duplicate=False)),
             *dict(module.named_buffers(remove_duplicate=False)),
         }
-        buffers |= {name: program.constants[name] for name in used & program.constants.keys() - held}
+        constants = program.program.constants
+        buffers |= {name: constants[name] for name in used & constants.keys() - held}
         return Rewritten(type(module).__name__, program.graph, {**children, **parts}, dict(module._parameters), buffers)
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import Argument, map_arg
 from torch.utils._pytree import tree_leaves
 
 import liplayers
+from liplayers.bounds.trace import Given, Program, trace
 from liplayers.conversion.survey import Seen
 from liplayers.errors import UnknownBoundError
 
 __all__ = ["Parts", "Rewritten", "Traced", "traced"]
+
+_LEAF = "_liplayers_single_call"
 
 
 class Rewritten(nn.Module):
@@ -91,72 +92,44 @@ class Traced:
     """What a module did with one example.
 
     Attributes:
-        graph: of operations, calls of modules by path, and tensors by name.
-        constants: the tensors by name: parameters and buffers under their own.
+        program: of the module; rewriting changes its graph.
         values: of each node, for the example.
         depends: the nodes that depend on the input, other than on its shape.
     """
 
-    graph: fx.Graph = field(default_factory=fx.Graph)
-    constants: dict[str, Tensor] = field(default_factory=dict)
+    program: Program
     values: dict[fx.Node, Any] = field(default_factory=dict)
     depends: set[fx.Node] = field(default_factory=set)
 
     @property
-    def input(self) -> fx.Node:
-        return next(iter(self.graph.nodes))
+    def graph(self) -> fx.Graph:
+        return self.program.graph
 
     @property
-    def output(self) -> fx.Node:
-        return next(iter(reversed(self.graph.nodes)))
+    def input(self) -> fx.Node:
+        return next(node for node in self.graph.nodes if node.op == "placeholder")
+
+    @property
+    def result(self) -> Any:
+        """The node that is returned."""
+        return self.program.output.args[0]
 
     def calls(self) -> list[str]:
         """The paths of the modules that it calls, in order, each once."""
-        return list(dict.fromkeys(str(node.target) for node in self.graph.nodes if node.op == "call_module"))
+        return list(dict.fromkeys(self.program.calls()))
 
-    def run(self, x: Tensor, module: nn.Module) -> Tensor:
-        """Its result, with the modules of one that has the same paths; keeps the values."""
-        for node in self.graph.nodes:
-            args, kwargs = map_arg((node.args, node.kwargs), self.values.__getitem__)
-            target: Any = node.target
-            if node.op == "placeholder":
-                value: Any = x
-            elif node.op == "get_attr":
-                value = self.constants[target]
-            elif node.op == "call_function":
-                value = target(*args, **kwargs)
-            elif node.op == "call_method":
-                value = getattr(args[0], target)(*args[1:], **kwargs)
-            elif node.op == "call_module":
-                value = module.get_submodule(target)(*args, **kwargs)
-            else:
-                value = args[0]
-            self.values[node] = value
+    def run(self, x: Tensor, module: nn.Module) -> Any:
+        """The result for an input, with the modules of one that has the same paths."""
+
+        def call(path: str, *args: Any, **kwargs: Any) -> Any:
+            return module.get_submodule(path)(*args, **kwargs)
+
+        self.values = self.program.run((x,), call)
+        for node, value in self.values.items():
             tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
-            if node.op == "placeholder" or (tensors and not self.depends.isdisjoint(node.all_input_nodes)):
+            if node is self.input or (tensors and not self.depends.isdisjoint(node.all_input_nodes)):
                 self.depends.add(node)
-        return self.values[self.output]
-
-
-class _Tracer(fx.proxy.GraphAppendingTracer):
-    """It replaces no method of nn.Module meanwhile, which other threads would run into."""
-
-    def __init__(self, program: Traced) -> None:
-        super().__init__(program.graph)
-        self.constants = program.constants
-
-    def create_arg(self, a: Any) -> Argument:
-        if not isinstance(a, Tensor):
-            return super().create_arg(a)
-        known = (name for name, tensor in self.constants.items() if tensor is a)
-        return self.held(next(known, f"constant_{len(self.constants)}"), a).node
-
-    def held(self, name: str, tensor: Tensor) -> fx.Proxy:
-        self.constants[name] = tensor
-        return self.create_proxy("get_attr", name, (), {})
-
-    def call(self, path: str, *args: Any, **kwargs: Any) -> fx.Proxy:
-        return self.create_proxy("call_module", path, args, kwargs)
+        return self.values[self.program.output]
 
 
 def traced(module: nn.Module, seen: dict[nn.Module, Seen], is_leaf: Callable[[nn.Module], bool]) -> Traced:
@@ -170,64 +143,51 @@ def traced(module: nn.Module, seen: dict[nn.Module, Seen], is_leaf: Callable[[nn
     Raises:
         UnknownBoundError: it cannot be traced, named by the line, or computes something else.
     """
-    program = Traced()
-    tracer = _Tracer(program)
-    parts = dict(module.named_modules())
-    leaves = {path: part for path, part in parts.items() if path and is_leaf(part)}
-    own = {path: part for path, part in parts.items() if not any(_within(path, leaf) for leaf in leaves)}
-    x = tracer.create_proxy("placeholder", "x", (), {})
+    example = seen[module].example
+    assert example is not None
+    x, expected = example
+
+    def result(path: str, given: Given) -> Given | None:
+        known = seen[module.get_submodule(path)].example
+        fits = known is not None and tuple(known[0].shape[1:]) == given.shape
+        return Given(tuple(known[1].shape[1:]), known[1].dtype) if known is not None and fits else None
+
+    leaves = [part for part in module.modules() if part is not module and is_leaf(part)]
+    for part in leaves:
+        vars(part)[_LEAF] = True  # a trace works on a copy
     try:
-        for path, part in leaves.items():
-            part._compiled_call_impl = partial(tracer.call, path)  # type: ignore[assignment]
-        for path, part in own.items():  # what is computed from them is part of the program, too
-            for name, tensor in [*part._parameters.items(), *part._buffers.items()]:
-                if tensor is not None:
-                    vars(part)[name] = tracer.held(f"{path}.{name}" if path else name, tensor)
-        with torch.no_grad():
-            program.graph.output(tracer.create_arg(module.forward(x)))
-    except Exception as error:  # anything may come out of the user's code
+        inputs: Any = ((Given(tuple(x.shape[1:]), x.dtype),), {})
+        found = Traced(trace(module, lambda part: _LEAF in vars(part), inputs, result, x.device))
+    except UnknownBoundError as error:
+        where = "" if error.__context__ is None else f" at {_line(error.__context__)}"
         raise UnknownBoundError(
-            f"its forward cannot be traced at {_line(error)} ({' '.join(str(error).split())}): write it without "
-            f"conditions on values and without writing into parts of tensors, or replace the module"
+            f"{error}{where}: write it without conditions on values, or replace the module"
         ) from None
     finally:
-        for part in leaves.values():
-            vars(part).pop("_compiled_call_impl", None)
-        for part in own.values():
-            for name in [*part._parameters, *part._buffers]:
-                vars(part).pop(name, None)
-    for node in list(program.graph.nodes):
-        if node.op == "get_attr" and not node.users:
-            program.graph.erase_node(node)
-    _compare(program, module, seen[module].example)
-    return program
+        for part in leaves:
+            del vars(part)[_LEAF]
+    if not _computes(found, module, x, expected):
+        raise UnknownBoundError(
+            "its forward computes something else than its trace: it may ask for the type of its input, or change what "
+            "it uses again: write it as a function of one tensor, or replace the module"
+        )
+    return found
 
 
-def _within(path: str, owner: str) -> bool:
-    return path == owner or path.startswith(f"{owner}.")
+def _computes(found: Traced, module: nn.Module, x: Tensor, expected: Tensor) -> bool:
+    """Whether the program gives what the module gave."""
+    with torch.no_grad():
+        try:
+            result = found.run(x.clone(), module)
+        except Exception:  # whatever a program that is not this module's may do
+            return False
+    same = isinstance(result, Tensor) and result.shape == expected.shape
+    return same and torch.allclose(result, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     """The line of the user's code that raised."""
     ours = tuple(str(Path(package.__file__ or "").parent) for package in (torch, liplayers))
     frames = traceback.extract_tb(error.__traceback__)
     found = next((frame for frame in reversed(frames) if not frame.filename.startswith(ours)), frames[-1])
     return f"{found.filename}:{found.lineno}: {found.line}"
-
-
-def _compare(program: Traced, module: nn.Module, example: tuple[Tensor, Tensor] | None) -> None:
-    """Run the program on the example."""
-    assert example is not None
-    x, expected = example
-    with torch.no_grad():
-        try:
-            result = program.run(x.clone(), module)
-            same = isinstance(result, Tensor) and result.shape == expected.shape
-            same = same and torch.allclose(result, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
-        except Exception:  # whatever a program that is not this module's may do
-            same = False
-    if not same:
-        raise UnknownBoundError(
-            "its forward computes something else than its trace: it may change a tensor in place that it uses again, "
-            "or ask for the type of its input: write it as a function of one tensor, or replace the module"
-        )

@@ -28,7 +28,6 @@ __all__ = [
     "core",
     "from_torch",
     "hint",
-    "scaled_to_one",
     "swapped",
     "swaps",
 ]
@@ -352,10 +351,10 @@ def _activation(module: nn.Module, settings: Settings, place: Place) -> Swap:
         raise UnknownBoundError("its slopes have no known bound: use activation='maxmin', or replace it")
     if slope <= 1:
         return Swap(module)
-    return Swap(nn.Sequential(module, _inverse(slope)), note="divided by its largest slope")
+    return Swap(nn.Sequential(module, inverse(slope)), note="divided by its largest slope")
 
 
-def _inverse(bound: float) -> Scale:
+def inverse(bound: float) -> Scale:
     """1/bound, rounded down."""
     return Scale(math.nextafter(1 / bound, 0))
 
@@ -366,10 +365,10 @@ def _pool(module: nn.Module, shapes: set[tuple[int, ...]]) -> Swap:
         disjoint = _disjoint(module, shapes)
         if disjoint is not None:
             return Swap(disjoint, note="windows do not overlap")
-    return scaled_to_one(module, shapes)
+    return _scaled_to_one(module, shapes)
 
 
-def scaled_to_one(module: nn.Module, shapes: set[tuple[int, ...]]) -> Swap:
+def _scaled_to_one(module: nn.Module, shapes: set[tuple[int, ...]]) -> Swap:
     """A module of torch's with a known bound, times its inverse."""
     found = [torch_bound(module, shape) for shape in shapes]
     if not found or None in found:
@@ -378,7 +377,7 @@ def scaled_to_one(module: nn.Module, shapes: set[tuple[int, ...]]) -> Swap:
     bound = max(bound.upper if isinstance(bound, Enclosure) else bound for bound in bounds)
     if bound == 1:
         return Swap(module)
-    return Swap(nn.Sequential(module, _inverse(bound)), note="divided by its norm")
+    return Swap(nn.Sequential(module, inverse(bound)), note="divided by its norm")
 
 
 def _disjoint(module: nn.MaxPool2d, shapes: set[tuple[int, ...]]) -> nn.MaxPool2d | None:

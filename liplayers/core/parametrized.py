@@ -55,7 +55,7 @@ def without_parametrizations(model: Model) -> Model:
     for module in [*model.modules()]:
         if is_parametrized(module):
             # torch's remove_parametrizations would change the class, which copies share
-            plain, names = plain_type(module), [*module.parametrizations]  # type: ignore[union-attr]
+            plain, names = plain_type(module), [*module.parametrizations]  # type: ignore[union-attr, misc]
             weights = {name: nn.Parameter(getattr(module, name).detach().clone()) for name in names}
             del module._modules["parametrizations"]
             module.__class__ = plain

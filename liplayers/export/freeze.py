@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from liplayers.bounds.composition import _record_shapes
+from liplayers.bounds.inputs import record_shapes
 from liplayers.bounds.torch_modules import Shape
 from liplayers.core.intact import is_changed
 from liplayers.core.module import LipschitzModule
@@ -68,7 +68,7 @@ def freeze(model: nn.Module, input_shape: Shape | None = None, *, dtype: torch.d
         model = copy.deepcopy(model).to(dtype)
     if any(map(is_parametrized, model.modules())):
         model = without_parametrizations(copy.deepcopy(model).eval())
-    shapes = {} if input_shape is None else _record_shapes(model, tuple(input_shape))
+    shapes = {} if input_shape is None else record_shapes(model, tuple(input_shape))
     freezer = _Freezer(shapes, input_shape)
     with torch.no_grad():
         freezer.visit(model, "")
