@@ -52,14 +52,16 @@ class NonFiniteError(LipschitzError, ValueError):
 
 
 class Obstacle(NamedTuple):
-    """A module about which no bound is known: its path, empty for the whole model, its type, and why."""
+    """A module about which no bound is known: its path, empty for the whole model, its type, why, and what would do."""
 
     path: str
     type: str
     reason: str
+    instead: str = ""
 
     def __str__(self) -> str:
-        return f"{self.path or 'the model'} ({self.type}): {self.reason}"
+        use = f"; use {self.instead}" if self.instead else ""
+        return f"{self.path or 'the model'} ({self.type}): {self.reason}{use}"
 
 
 class UnknownBoundError(LipschitzError, TypeError):
@@ -73,13 +75,17 @@ class UnknownBoundError(LipschitzError, TypeError):
 
     @classmethod
     def of(cls, obstacles: Sequence[Obstacle]) -> UnknownBoundError:
-        """The error that names them all."""
-        own_mend = ("pass input_shape", "model.eval()", ": write x")
-        text = "; ".join(map(str, obstacles))
-        text = text if len(obstacles) == 1 else f"{len(obstacles)} obstacles: {text}"
-        if not all(any(mend in obstacle.reason for mend in own_mend) for obstacle in obstacles):
+        """The error that names them all, each on a line of its own below their number."""
+        own_mend = ("pass input_shape", "model.eval()", ": write ")
+        text = (
+            str(obstacles[0])
+            if len(obstacles) == 1
+            else "\n".join([f"{len(obstacles)} obstacles", *map(str, obstacles)])
+        )
+        if not all(any(mend in obstacle.reason for mend in own_mend) or obstacle.instead for obstacle in obstacles):
+            text += "; " if len(obstacles) == 1 else "\n"
             text += (
-                "; replace it, give it a lipschitz_bound() by deriving from LipschitzModule, "
+                "replace it, give it a lipschitz_bound() by deriving from LipschitzModule, "
                 "or state its bound with liplayers.register_bound"
             )
         error = cls(text)

@@ -1,5 +1,6 @@
 """The names of `import liplayers`."""
 
+from liplayers.bounds import explain as explain
 from liplayers.bounds import layer_bounds as layer_bounds
 from liplayers.bounds import lipschitz_bound as lipschitz_bound
 from liplayers.bounds import register_bound as register_bound

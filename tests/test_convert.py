@@ -214,6 +214,10 @@ def test_what_is_given_decides():
     swapped, report = convert(model, (7, 3))
     assert swapped[1].dim == -1, "behind a linear layer the channels are last"
     assert "last of 5 channels" in report.rows[1].note
+    twin, _ = convert(Residual(), SHAPE, conv="aol", weights="fresh", learned_sums=True)
+    logits = [p for key, p in twin.named_parameters() if key.endswith("logit")]
+    assert len(logits) == 3
+    assert twin[4].sum.logit in set(logits)
 
 
 class Scaled(nn.Module):

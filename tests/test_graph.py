@@ -20,6 +20,7 @@ F64 = torch.float64
 def traced(body: Callable[..., Any], **parts: Any) -> nn.Module:
     """A module with this forward, and these modules, parameters and buffers, in float64."""
     module = type("Traced", (nn.Module,), {"forward": body})()
+    module.register_parameter("unused", nn.Parameter(torch.zeros(())))
     for name, part in parts.items():
         if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
             module.register_buffer(name, part)
@@ -271,3 +272,170 @@ def test_residual_blocks_as_others_write_them():
     expected = 1 + math.prod(lp.lipschitz_bound(part, (2, 5, 5)) for part in (module.conv, module.bn, module.conv2))
     assert check(module, (2, 5, 5)) == pytest.approx(expected, rel=1e-12)
     assert lp.lipschitz_bound(nn.Sequential(module, module), (2, 5, 5)) == pytest.approx(expected**2, rel=1e-12)
+
+
+# Operations -----------------------------------------------------------------------------------------------------------
+
+IMAGE = (4, 4, 6)
+W = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+K = torch.randn(3, 4, 2, 3, generator=torch.Generator().manual_seed(2))
+SIGNED = torch.tensor([0.5, -2.0, 1.0, 3.0]).view(4, 1, 1)
+
+# name: (function of images (4, 4, 6), factor that the bound may be above what is found, None where it may be loose)
+OPERATIONS: dict[str, tuple[Callable[[Tensor], Any], float | None]] = {
+    "adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, (2, 3)), 1.0001),
+    "adaptive_avg_pool2d, overlapping": (lambda x: F.adaptive_avg_pool2d(x, (3, 4)), 1.0001),
+    "adaptive_avg_pool2d, enlarging": (lambda x: F.adaptive_avg_pool2d(x, (7, 12)), 1.0001),
+    "adaptive_avg_pool1d": (lambda x: F.adaptive_avg_pool1d(x.flatten(1, 2), 4), 1.0001),
+    "adaptive_avg_pool3d": (lambda x: F.adaptive_avg_pool3d(x[:, None], (3, 1, 4)), 1.0001),
+    "adaptive_max_pool2d": (lambda x: F.adaptive_max_pool2d(x, (3, 3)), None),
+    "avg_pool2d": (lambda x: F.avg_pool2d(x, 2), 1.0001),
+    "avg_pool2d, overlapping": (lambda x: F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False), None),
+    "avg_pool1d": (lambda x: F.avg_pool1d(x.flatten(1, 2), 3), 1.0001),
+    "avg_pool3d": (lambda x: F.avg_pool3d(x[:, None], (2, 2, 3)), 1.0001),
+    "max_pool2d": (lambda x: F.max_pool2d(x, (2, 3)), 1.0001),
+    "max_pool1d, overlapping": (lambda x: F.max_pool1d(x.flatten(1, 2), 3, stride=1), None),
+    "max_pool3d": (lambda x: F.max_pool3d(x[:, None], 2), 1.0001),
+    "lp_pool2d": (lambda x: F.lp_pool2d(x, 2, 2), 1.0001),
+    "pad": (lambda x: F.pad(x, (1, -1, 2, 0), value=3.0), 1.0001),
+    "pad, reflect": (lambda x: F.pad(x, (2, 1, 1, 1), "reflect"), 1.0001),
+    "pad, replicate": (lambda x: F.pad(x, (2, 1, 1, 3), mode="replicate"), 1.0001),
+    "pad, circular": (lambda x: F.pad(x, (6, 1, 0, 3), mode="circular"), 1.0001),
+    "interpolate": (lambda x: F.interpolate(x, scale_factor=2), 1.0001),
+    "interpolate, other size": (lambda x: F.interpolate(x, size=(7, 5)), 1.0001),
+    "interpolate, exact": (lambda x: F.interpolate(x, scale_factor=(1.5, 0.5), mode="nearest-exact"), 1.0001),
+    "interpolate, bilinear": (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), 1.0001),
+    "interpolate, corners": (lambda x: F.interpolate(x, (9, 3), mode="bilinear", align_corners=True), 1.0001),
+    "interpolate, bicubic": (lambda x: F.interpolate(x, (3, 11), mode="bicubic"), 1.0001),
+    "interpolate, area": (lambda x: F.interpolate(x, (3, 11), mode="area"), 1.0001),
+    "interpolate, linear": (lambda x: F.interpolate(x.flatten(1, 2), scale_factor=2.5, mode="linear"), 1.0001),
+    "interpolate, trilinear": (lambda x: F.interpolate(x[:, None], (5, 7, 3), mode="trilinear"), 1.0001),
+    "mean": (lambda x: x.mean((2, 3)), 1.0001),
+    "mean, kept": (lambda x: torch.mean(x, dim=-1, keepdim=True), 1.0001),
+    "sum": (lambda x: x.sum(dim=(1, -2)), 1.0001),
+    "mean and back": (lambda x: x + x.mean(2, keepdim=True), 1.0001),
+    "mean of a line and back": (lambda x: x.mean(1)[:, None] - x, None),
+    "amax": (lambda x: x.amax((2, 3)) - torch.amin(x, dim=(2, 3)), None),
+    "max": (lambda x: x.max(dim=2).values + x.min(2, keepdim=False)[0], None),
+    "sort": (lambda x: torch.sort(x, 3, descending=True)[0], 1.0001),
+    "chunk": (lambda x: x.chunk(2, 1)[0] + 2 * x.chunk(2, dim=1)[1], None),
+    "split": (lambda x: torch.cat(x.split([1, 3], 1)[::-1], 1), None),
+    "unbind": (lambda x: [3 * y for y in x.unbind(2)][1], 1.0001),
+    "stack": (lambda x: torch.stack([x, 2 * x, torch.zeros_like(x)], 1), 1.0001),
+    "cat": (lambda x: torch.cat((x, -3 * x), dim=-1), 1.0001),
+    "maximum": (lambda x: torch.maximum(x, 2 * x.flip(3)), None),
+    "clamp": (lambda x: x.clamp(-1, 1) + torch.clamp(x, min=0.5), None),
+    "clamp between tensors": (lambda x: x.clamp(min=SIGNED.double() - 3), 1.0001),
+    "gelu": (lambda x: F.gelu(x), 1.02),
+    "gelu, tanh": (lambda x: F.gelu(x, approximate="tanh"), 1.02),
+    "sigmoid": (lambda x: x.sigmoid() + torch.sigmoid(x), 1.05),
+    "softplus": (lambda x: F.softplus(x, 2.0), 1.01),
+    "silu": (lambda x: F.silu(x), 1.02),
+    "hardswish": (lambda x: F.hardswish(x), 1.1),
+    "hardtanh": (lambda x: F.hardtanh(x, -0.5, 2.0) + F.relu6(x), 1.01),
+    "leaky_relu": (lambda x: F.leaky_relu(x, -2.5), 1.01),
+    "elu": (lambda x: F.elu(x, 3.0, inplace=False), 1.15),
+    "tanh": (lambda x: torch.tanh(x) + x.tanh(), 1.05),
+    "softmax": (lambda x: x.softmax(-1), None),
+    "softmax of pairs": (lambda x: F.softmax(x.view(-1, 12, 2, 4), dim=2), 1.05),
+    "log_softmax": (lambda x: F.log_softmax(x, 1), 1.3),
+    "roll": (lambda x: x.roll((1, 2), dims=(1, -1)) + x, 1.0001),
+    "flip": (lambda x: x.flip(1, 2) - torch.flip(x, [3]), 1.0001),
+    "pixel_shuffle": (lambda x: F.pixel_unshuffle(2 * F.pixel_shuffle(x, 2), 2), 1.0001),
+    "linear": (lambda x: F.linear(x, W.double(), W.double()[:, 0]), 1.01),
+    "matmul": (lambda x: x @ W.double().T + torch.matmul(x, W.double()[:1].T), None),
+    "matmul from the left": (lambda x: torch.ones(3, 4).double() @ x, 1.001),
+    "conv2d": (lambda x: F.conv2d(x, K.double(), padding=1), 1.3),
+    "conv1d": (lambda x: F.conv1d(x.flatten(2), K.double().flatten(2), stride=2), 1.3),
+    "conv3d": (lambda x: F.conv3d(x[:, None], K.double()[:, :1, None].repeat(1, 1, 2, 1, 1), dilation=(2, 1, 1)), None),
+    "conv_transpose2d": (lambda x: F.conv_transpose2d(x, K.double().transpose(0, 1), stride=2, groups=1), 1.3),
+    "batch_norm": (lambda x: F.batch_norm(x, SIGNED.double().view(4), SIGNED.double().abs().view(4)), 1.0001),
+    "prelu": (lambda x: F.prelu(x, SIGNED.double().view(4)), 1.01),
+    "views": (
+        lambda x: x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 2).transpose(1, -1).unsqueeze(1).squeeze(1),
+        1.0001,
+    ),
+    "slices": (lambda x: 3 * x[:, 1:, ::2, 0] + x[..., 1:4, :3, None].squeeze(-1)[:, :3, :2, 1], None),
+    "expand": (lambda x: x[:, :1].expand(-1, 5, 4, 6), 1.0001),
+    "repeat": (lambda x: x.repeat(1, 2, 1, 3), 1.0001),
+    "repeat_interleave": (lambda x: x.repeat_interleave(3, dim=2), 1.0001),
+    "products with constants": (lambda x: (x - 0.3) * SIGNED.double() / 0.5, 1.0001),
+    "quotient by constants": (lambda x: x / SIGNED.double(), 1.0001),
+    "product that broadcasts": (lambda x: x[:, :1] * SIGNED.double(), None),
+    "alpha": (lambda x: torch.add(x, x.flip(1), alpha=3) - torch.sub(x, x, alpha=-2.0), None),
+    "rsub": (lambda x: 1 - torch.rsub(x, 2 * x.flip(3), alpha=2), None),
+    "dropout": (lambda x: F.dropout(x, 0.5, training=False), 1.0001),
+    "conversions": (lambda x: x.double().to(torch.float64).contiguous().clone().detach(), 1.0001),
+    "a loop over the channels": (lambda x: sum(x[:, i : i + 1] for i in range(x.shape[1])), None),
+    "sizes": (lambda x: x.view(x.size(0), x.shape[1] // 2, -1) / math.sqrt(x.shape[-1]), 1.0001),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_bound_of_an_operation_is_above_its_slopes(name: str):
+    function, tight = OPERATIONS[name]
+    check(traced(lambda self, x: function(x)), IMAGE, tight=tight)
+
+
+MIXING: dict[str, Callable[[Tensor], Any]] = {
+    "softmax": lambda x: x.softmax(0),
+    "softmax from the end": lambda x: x.softmax(-4),
+    "mean": lambda x: x + x.mean(0, keepdim=True),
+    "mean from the end": lambda x: x - x.mean(-4, keepdim=True),
+    "mean of all": lambda x: x - x.mean(),
+    "roll": lambda x: x.roll(1, 0),
+    "roll of all": lambda x: x.roll(1),
+    "flip": lambda x: x.flip(0),
+    "flip from the end": lambda x: x.flip(-4),
+    "sort": lambda x: x.sort(0)[0],
+    "cat": lambda x: torch.cat([x, x], 0)[: x.shape[0]],
+    "cat from the end": lambda x: torch.cat([x, x], -4)[: x.shape[0]],
+    "stack": lambda x: torch.stack([x, x]).flatten(0, 1)[::2],
+    "amax": lambda x: x - x.amax(0, keepdim=True),
+    "transposed": lambda x: x.transpose(0, 1).softmax(1).transpose(0, 1),
+    "some samples": lambda x: x + x[:1],
+    "all as one": lambda x: x.reshape(1, -1).cumsum(1).view(x.shape),
+    "padded": lambda x: F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[1:],
+    "expanded": lambda x: x[:1].expand(x.shape[0], -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_what_mixes_the_samples_of_a_batch_is_refused(name: str):
+    with pytest.raises(UnknownBoundError):
+        lp.lipschitz_bound(traced(lambda self, x: MIXING[name](x)), IMAGE)
+
+
+WITHOUT_CONSTANT: dict[str, Callable[[Tensor], Any]] = {
+    "product": lambda x: x * x.flip(1),
+    "quotient": lambda x: 1 / (x + 5),
+    "positions": lambda x: x.sort(1)[1] * 1.0,
+    "positions of maxima": lambda x: x.max(1).indices * 1.0,
+    "integers": lambda x: x.to(torch.int64) * 1.0,
+    "long": lambda x: x.long().double(),
+    "half": lambda x: x.to(torch.bfloat16).double(),
+    "half by name": lambda x: x.to(dtype=torch.float16).double(),
+    "rounding": lambda x: torch.div(x, 0.1, rounding_mode="trunc"),
+    "floor division": lambda x: x // 2,
+    "variable bounds": lambda x: x.clamp(max=x.flip(1) * 2),
+    "dropout": lambda x: F.dropout(x, 0.0),
+    "batch statistics": lambda x: F.batch_norm(x, None, None, training=True),
+    "glu": lambda x: F.glu(x, 1),
+    "softplus that jumps": lambda x: F.softplus(x, 1, 2),
+    "index": lambda x: x[:, torch.tensor([0, 0])],
+    "matrix of the input": lambda x: x @ x.transpose(2, 3),
+    "weight of the input": lambda x: F.linear(x, x[0, 0]),
+    "infinity": lambda x: (x * math.inf).clamp(-1, 1),
+    "bits": lambda x: x.view(torch.int64) * 1.0,
+    "dtype of another": lambda x: x.to(torch.zeros(1, dtype=torch.int64)) * 1.0,
+    "p-norm": lambda x: F.normalize(x),
+    "in the output": lambda x: torch.add(x, x, out=x.clone()),
+    "power": lambda x: x**2,
+    "antialias": lambda x: F.interpolate(x, (2, 3), mode="bilinear", antialias=True),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_CONSTANT)
+def test_what_has_no_constant_or_none_that_is_known_is_refused(name: str):
+    with pytest.raises(UnknownBoundError):
+        lp.lipschitz_bound(traced(lambda self, x: WITHOUT_CONSTANT[name](x)), IMAGE)

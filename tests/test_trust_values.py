@@ -614,7 +614,9 @@ def test_all_obstacles_are_named_before_any_norm_is_computed(monkeypatch: pytest
         assert list(dict.fromkeys(obstacle.path for obstacle in found)) == paths
         assert {o.path: o.type for o in found}["0.1"] == "LocalResponseNorm"
         message = str(caught.value)
-        assert "\n" not in message
+        first, *lines = message.splitlines()
+        assert first == f"{len(found)} obstacles"
+        assert lines[: len(found)] == [str(o) for o in found]
         assert all(f"{o.path} ({o.type}): {o.reason}" in message for o in found)
         assert all(reason in message for reason in ("'exp'", "'sin'", "model.eval()", "not bounded", "hook"))
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from liplayers.bounds.advice import advice
 from liplayers.bounds.graph import Bounds, Effect, Leaf, Shapes, constant_values, graph_bounds
 from liplayers.bounds.inputs import Inputs, InputShape, Seen, observed
 from liplayers.bounds.torch_modules import RULES, Shape, torch_bound
@@ -39,8 +40,11 @@ from liplayers.modules.containers import Container
 __all__ = [
     "ClassifierBounds",
     "HeadSplit",
+    "check_finite",
     "classifier_bounds",
     "head_splitter",
+    "is_container",
+    "is_ours",
     "layer_bounds",
     "lipschitz_bound",
     "register_bound",
@@ -188,7 +192,7 @@ def head_splitter(
         walk.found.clear()
         if estimates:
             return walk.estimated_split()
-        _check_finite(model, "")
+        check_finite(model, "")
         return walk.split(walk.root)
 
     return split
@@ -265,9 +269,11 @@ class _Walk:
         self.lower: dict[str, float] = {}
         self.parts: dict[str, _Part] = {}
         self.refused: dict[str, list[LipschitzError]] = {}
+        self.refused_nodes: dict[fx.Node, str] = {}
         self.programs: dict[nn.Module, Program] = {}
         self.effects: dict[str, Effect] = {}
         self.failure: LipschitzError | None = None
+        self.shape_given = input_shape is not None
         self.blind = input_shape is None  # whether the shapes within the model are not known
         self.inputs: Inputs | None = None
         self.seen = Seen()
@@ -278,13 +284,13 @@ class _Walk:
             self.failure, self.blind = error, True
         self.shapes = self.seen.shapes
         if not explains:
-            _check_finite(model, "")
+            check_finite(model, "")
         self.root = self._understand(model, "")
         if self.programs and not self.blind:
             self._try(model)
         self._check_programs()
         if not explains:
-            self._raise_obstacles(shape_given=input_shape is not None)
+            self._raise_obstacles()
             if self.failure is not None:
                 raise self.failure
 
@@ -304,11 +310,11 @@ class _Walk:
     def _fill(self, part: _Part) -> None:
         module: Any = part.module
         refuse_wrapper(module)
-        if _is_ours(module):
+        if is_ours(module):
             require_intact(module)
             module.check_parts()
             part.compute = (lambda: float(module.lipschitz_estimate())) if self.estimates else module.lipschitz_bound
-        elif _is_container(module):
+        elif is_container(module):
             require_intact(module, parts=False)
             names = {child: name for name, child in module.named_modules()}
             for branch in module.branches():
@@ -333,7 +339,7 @@ class _Walk:
     def _fill_program(self, part: _Part) -> None:
         module = part.module
         if type(module).__module__.startswith("torch.nn."):
-            raise UnknownBoundError("no bound is known for this type")
+            raise UnknownBoundError(advice(module)[0] or "no bound is known for this type")
         if module not in self.programs:
             given = self.seen.given(module)
             inputs: Any = None if given is None else ((given,), {})
@@ -377,21 +383,19 @@ class _Walk:
         for part in list(self.parts.values()):
             if part.program is None:
                 continue
-            errors: list[tuple[str, UnknownBoundError]] = []
-            constants = self._constants(part)
+            errors: list[tuple[fx.Node, UnknownBoundError]] = []
+            constants = self.constants(part)
             for shapes in part.shapes or [None]:
-                graph_bounds(
-                    part.program, partial(self._leaf, part, known=False), shapes, constants, errors, norms=False
-                )
+                graph_bounds(part.program, self.leaf(part), shapes, constants, errors, norms=False)
             if self.blind and not errors:
-                errors.append(
-                    ("", UnknownBoundError("a traced forward is compared with what it computes: pass input_shape"))
-                )
-            for _, error in errors:
+                error = UnknownBoundError("a traced forward is compared with what it computes: pass input_shape")
+                errors.append((part.program.output, error))
+            for node, error in errors:
                 if part.shapes or self.blind or "pass input_shape" not in str(error):  # without shapes it is refused
                     self._refuse(part.path, error)
+                    self.refused_nodes[node] = str(error)
         for part in list(self.parts.values()):
-            if _is_container(part.module) and any(self._effect(child) is Effect.WRITES for child in part.children):
+            if is_container(part.module) and any(self._effect(child) is Effect.WRITES for child in part.children):
                 self._refuse(
                     part.path,
                     UnknownBoundError("a branch writes to its input in place: write out of place in its forward"),
@@ -399,7 +403,7 @@ class _Walk:
 
     def _leaf(self, part: _Part, name: str, known: bool = True) -> Leaf:
         """A module that a program calls; before anything is `known`, with a bound of 1."""
-        child = self.parts[_join(part.path, name)]
+        child = self.child(part, name)
         return Leaf((lambda: self.bound(child)) if known else lambda: 1.0, self._effect(child))
 
     def _effect(self, part: _Part) -> Effect:
@@ -410,8 +414,8 @@ class _Walk:
 
     def _found_effect(self, part: _Part) -> Effect:
         if part.program is not None:
-            leaf, shapes = partial(self._leaf, part, known=False), (part.shapes or [None])[0]
-            found = graph_bounds(part.program, leaf, shapes, self._constants(part), [], norms=False)
+            leaf, shapes = self.leaf(part), (part.shapes or [None])[0]
+            found = graph_bounds(part.program, leaf, shapes, self.constants(part), [], norms=False)
             return Effect.WRITES if found.writes_to_input else Effect.MAY_SHARE
         if part.is_sequence:
             for child in part.children:
@@ -420,7 +424,16 @@ class _Walk:
                     return effect
         return Effect.FRESH if type(part.module) in _FRESH else Effect.MAY_SHARE
 
-    def _constants(self, part: _Part) -> dict[fx.Node, Any]:
+    def child(self, part: _Part, name: str) -> _Part:
+        """What is understood of a module within another one."""
+        return self.parts[_join(part.path, name)]
+
+    def leaf(self, part: _Part) -> Callable[[str], Leaf]:
+        """The modules that a program calls, with a bound of 1."""
+        return partial(self._leaf, part, known=False)
+
+    def constants(self, part: _Part) -> dict[fx.Node, Any]:
+        """The values of its program that do not depend on the input."""
         assert part.program is not None
         return constant_values(part.program, lambda name: _tensor(part.module, name))
 
@@ -429,11 +442,16 @@ class _Walk:
         if str(error) not in map(str, errors):
             errors.append(error)
 
-    def _raise_obstacles(self, shape_given: bool) -> None:
+    def obstacles(self) -> list[tuple[Obstacle, LipschitzError]]:
+        """All that is in the way of a bound, in the order of the model."""
         found = [(path, error) for path in self.parts for error in self.refused.get(path, ())]
-        if self.blind and shape_given:  # what depends on the shape is no obstacle; that it does not run is one
+        if self.blind and self.shape_given:  # what depends on the shape is no obstacle; that it does not run is one
             found = [(path, error) for path, error in found if "pass input_shape" not in str(error)]
-        obstacles = [Obstacle(path, type(self.parts[path].module).__name__, str(error)) for path, error in found]
+        return [(_obstacle(path, self.parts[path].module, error), error) for path, error in found]
+
+    def _raise_obstacles(self) -> None:
+        found = self.obstacles()
+        obstacles = [obstacle for obstacle, _ in found]
         if len(found) == 1 and isinstance(found[0][1], ArgumentError):
             raise ArgumentError(str(obstacles[0]))
         if obstacles:
@@ -475,13 +493,13 @@ class _Walk:
     def _program_bounds(self, part: _Part) -> list[Bounds]:
         """The bounds of its values, for each shape of input that it has seen."""
         assert part.program is not None
-        constants = self._constants(part)
+        constants = self.constants(part)
         return [graph_bounds(part.program, partial(self._leaf, part), shapes, constants) for shapes in part.shapes]
 
     def estimated_split(self) -> HeadSplit:
         """With the estimates of the layers in sequence as they are, tensors too, and no value of these read."""
         chain = list(self._chain(self.root))
-        ours = [part for part in chain if _is_ours(part.module)]
+        ours = [part for part in chain if is_ours(part.module)]
         self.found.update({part.path: 1.0 for part in ours})
         found = self.split(self.root)
         factors: list[Any] = [p.module.lipschitz_estimate() for p in ours if p.module is not found.head]  # type: ignore
@@ -526,17 +544,22 @@ _FRESH = {
 }
 
 
-def _is_ours(module: nn.Module) -> bool:
+def _obstacle(path: str, module: nn.Module, error: LipschitzError) -> Obstacle:
+    reason, instead = advice(module)
+    return Obstacle(path, type(module).__name__, str(error), instead if str(error) == reason else "")
+
+
+def is_ours(module: nn.Module) -> bool:
     return isinstance(module, LipschitzModule) and _covers_forward(module, "lipschitz_bound")
 
 
-def _is_container(module: nn.Module) -> bool:
+def is_container(module: nn.Module) -> bool:
     return isinstance(module, Container) and all(_covers_forward(module, r) for r in ("compose_bounds", "branches"))
 
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether a trace takes a module as a single call."""
-    known = _is_ours(module) or _is_container(module) or _is_sequential(module) or plain_type(module) in RULES
+    known = is_ours(module) or is_container(module) or _is_sequential(module) or plain_type(module) in RULES
     return known or type(module).__module__.startswith("torch.nn.") or is_changed(module)
 
 
@@ -574,7 +597,7 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
 
-def _check_finite(module: nn.Module, path: str) -> None:
+def check_finite(module: nn.Module, path: str) -> None:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{_join(path, name)}: contains NaN or infinity; the weights cannot be certified")

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from liplayers.bounds.advice import advice
 from liplayers.bounds.operations import (
     ADD,
     CONCATENATE,
@@ -40,7 +41,7 @@ from liplayers.errors import UnknownBoundError
 from liplayers.linalg import upward
 from liplayers.linalg.verified import Enclosure
 
-__all__ = ["Effect", "Leaf", "Shapes", "constant_values", "graph_bounds"]
+__all__ = ["Bounds", "Effect", "Leaf", "Shapes", "constant_values", "graph_bounds", "name_of"]
 
 Shapes = dict[fx.Node, tuple[int, ...] | None]
 
@@ -103,7 +104,7 @@ def graph_bounds(
     leaf: Callable[[str], Leaf],
     shapes: Shapes | None,
     constants: Mapping[fx.Node, Any],
-    refused: list[tuple[str, UnknownBoundError]] | None = None,
+    refused: list[tuple[fx.Node, UnknownBoundError]] | None = None,
     norms: bool = True,
 ) -> Bounds:
     """The bound of each value of a graph.
@@ -128,7 +129,7 @@ def graph_bounds(
         except UnknownBoundError as error:
             if refused is None:
                 raise
-            refused.append((_name(node), error))
+            refused.append((node, error))
             analysis.bounds[node] = 1.0
     return Bounds(analysis.bounds, analysis.given, analysis.own, analysis.writes_to_input)
 
@@ -208,7 +209,7 @@ class _Analysis:
         else:
             self._operation(node)
         if self.shapes is not None and self.shapes.get(node, ()) is None:
-            raise UnknownBoundError(f"its forward mixes the samples of a batch ({_name(node)})")
+            raise UnknownBoundError(f"its forward mixes the samples of a batch ({name_of(node)})")
 
     def _is_constant(self, node: fx.Node) -> bool:
         """Whether a value is the same for all inputs of a shape."""
@@ -257,10 +258,12 @@ class _Analysis:
 
     def _operation(self, node: fx.Node) -> None:
         name, target = operation_of(node), written(node)
-        if name is None and node.target is getattr:
+        if node.target is getattr:
             return self._attribute(node)
         if name is None:
-            raise UnknownBoundError(f"its forward calls {_name(node)!r}, whose effect on the bound is not known")
+            reason, instead = advice(operation=name_of(node))
+            use = f": {reason}; use {instead}" if reason else ", whose effect on the bound is not known"
+            raise UnknownBoundError(f"its forward calls {name_of(node)!r}{use}")
         if name == "setitem":
             return self._set(node)
         args = bind(name, node.args, dict(node.kwargs))
@@ -277,6 +280,8 @@ class _Analysis:
             self._require(target is not None, node)
             self.bounds[node] = self._repeated(args.get("other"), node)
         else:
+            if name == "matmul" and (first in self.constants or not isinstance(first, fx.Node)):
+                first = args["other"]
             self._require(isinstance(first, fx.Node), node)
             assert isinstance(first, fx.Node)
             if not name.endswith("_as"):
@@ -300,13 +305,13 @@ class _Analysis:
     def _require(self, condition: bool, node: fx.Node) -> None:
         if not condition:
             raise UnknownBoundError(
-                f"its forward calls {_name(node)!r} with tensors whose effect on the bound is not known"
+                f"its forward calls {name_of(node)!r} with tensors whose effect on the bound is not known"
             )
 
     def _require_values(self, name: str, first: fx.Node, args: dict[str, Any]) -> None:
         """Of a pair of values and positions, the values are what has a bound."""
         if operation_of(first) in _WITH_POSITIONS and name == "getitem" and args["index"] != 0:
-            raise UnknownBoundError(f"its forward uses the positions that {_name(first)!r} finds, which jump")
+            raise UnknownBoundError(f"its forward uses the positions that {name_of(first)!r} finds, which jump")
 
     def _attribute(self, node: fx.Node) -> None:
         first, name = node.args
@@ -409,7 +414,7 @@ class _Analysis:
             rank = None if (shape := self._shape(node)) is None else len(shape) + 1
             dim = args.get("dim", 0)
             if not isinstance(dim, int) or dim == 0 or (rank is not None and dim == -rank):
-                raise UnknownBoundError(f"its forward calls {_name(node)} along the batch, whose samples it mixes")
+                raise UnknownBoundError(f"its forward calls {name_of(node)} along the batch, whose samples it mixes")
             return self._joint(p for p in parts if isinstance(p, fx.Node))
         return upward.hypot(*(self._repeated(p, node) for p in parts))
 
@@ -488,7 +493,8 @@ class _Analysis:
         self.writes_to_input |= any(n in nodes for n in self.inputs)
 
 
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
+    """What an operation is called."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 

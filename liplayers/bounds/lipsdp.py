@@ -31,10 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from liplayers.bounds.composition import (
-    _check_finite,
     _children,
     _is_sequential,
     _join,
+    check_finite,
 )
 from liplayers.bounds.inputs import record_shapes
 from liplayers.bounds.torch_modules import Shape, torch_bound
@@ -189,7 +189,7 @@ def _leaves(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules in nested nn.Sequential, in the order in which they run, with their paths."""
     try:
         require_intact(module, parts=not _is_sequential(module))
-        _check_finite(module, path)
+        check_finite(module, path)
     except UnknownBoundError as error:
         raise UnknownBoundError.of([Obstacle(path, type(module).__name__, str(error))]) from None
     if _is_sequential(module):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from liplayers.bounds.advice import advice
 from liplayers.core.parametrized import plain_type, require_constant
 from liplayers.core.precision import executed
 from liplayers.errors import UnknownBoundError
@@ -367,7 +368,7 @@ def _softmax2d(module: nn.Softmax2d, shape: Shape | None) -> float:
 
 
 def _glu(module: nn.GLU, shape: Shape | None) -> float:
-    raise UnknownBoundError("a·sigmoid(b) has slopes as large as a, which is not bounded")
+    raise UnknownBoundError(advice(module)[0])
 
 
 def _flatten(module: nn.Flatten, shape: Shape | None) -> float:

@@ -23,7 +23,7 @@ from liplayers.commands.output import forgiving
 from liplayers.commands.quoting import hydra_override
 from liplayers.errors import ConfigError, LipschitzError, MissingPackageError, UnknownNameError
 from liplayers.extras import extra
-from liplayers.text import one_line
+from liplayers.text import one_line, printable
 
 __all__ = ["front_options", "run"]  # the commands are those of the package
 
@@ -163,7 +163,9 @@ def _bad_flags(message: str) -> NoReturn:
 
 def _fail(error: BaseException) -> NoReturn:
     with suppress(OSError):  # nobody may be reading
-        sys.stderr.write(f"error: {one_line(error)}\n")
+        several = len(getattr(error, "obstacles", ())) > 1
+        text = "\n".join(map(printable, str(error).splitlines())) if several else one_line(error)
+        sys.stderr.write(f"error: {text}\n")
     sys.exit(1 if isinstance(error, MissingPackageError) else 2)
 
 
