@@ -326,11 +326,11 @@ class Attention(nn.Module):
 
 
 OBSTACLES = {
-    "product": (Gate(), (4,), "squeeze"),
+    "product": (Gate(), (4,), "both depend on the input"),
     "control flow": (Control(), (4,), "test_convert.py:"),
     "in place": (Writes(), (4,), "write out of place"),
-    "attention": (Attention(), (3, 4), "attention by dot products"),
-    "layer norm": (nn.LayerNorm(4), (4,), "divides each sample"),
+    "attention": (Attention(), (3, 4), "which has no constant"),
+    "layer norm": (nn.LayerNorm(4), (4,), "no useful constant"),
     "padding": (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), (4, 5, 5), "use 'zeros'"),
     "three dimensions": (nn.Conv3d(4, 4, 3), (4, 5, 5, 5), "three dimensions"),
 }

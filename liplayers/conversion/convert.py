@@ -136,13 +136,14 @@ class _Converter:
             return self._replaced(path, module, rule)
         if isinstance(module, LipschitzModule):
             return self._kept(path, module)
+        reason, instead = hint(module)
+        if reason:
+            self.obstacles.append(Obstacle(path, type(module).__name__, reason, instead))
+            return module
         if swaps(module):
             swap = swapped(module, self.settings, self._place(module))
             self._note(path, module, swap)
             return self._tied(module, swap.module)
-        reason = hint(module)
-        if reason is not None:
-            raise UnknownBoundError(reason)
         if isinstance(module, Container) or type(module).forward is nn.Sequential.forward:
             return self._with_parts(path, module)
         if type(module).__module__.startswith("torch.nn."):
@@ -221,7 +222,7 @@ class _Converter:
             self.rows.append(Row(path, type(module).__name__, "", note="no effect in evaluation"))
             return nn.Identity()
         rewriting = Rewriting(module, program, self.seen, self.settings)
-        self.obstacles += [Obstacle(path, type(module).__name__, reason) for reason in rewriting.refused]
+        self.obstacles += [Obstacle(path, type(module).__name__, *refused) for refused in rewriting.refused]
         inlined = self._inlined(module, program)
         for name in program.calls():
             if name not in rewriting.parts:
@@ -237,7 +238,7 @@ class _Converter:
 
     def _is_leaf(self, module: nn.Module) -> bool:
         """Whether a trace takes a module as a single call; the forward methods of others become part of it."""
-        if isinstance(module, LipschitzModule | Container) or swaps(module) or hint(module) is not None:
+        if isinstance(module, LipschitzModule | Container) or swaps(module) or hint(module)[0]:
             return True
         replaced = type(module) in self.settings.replace
         return replaced or (module in self.seen and self.seen[module].single)

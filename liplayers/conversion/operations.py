@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from liplayers.bounds.graph import Effect, Leaf, constant_values, graph_bounds
+from liplayers.bounds.advice import advice
+from liplayers.bounds.graph import Effect, Leaf, constant_values, graph_bounds, name_of
 from liplayers.bounds.operations import Call, bind, norm_of, operation_of
 from liplayers.bounds.trace import written
 from liplayers.conversion.merging import ConvexSum, ScaledCat
@@ -41,25 +42,10 @@ _POOLS = {
     f"{kind}_pool{axes}d" for kind in ("avg", "max", "adaptive_avg", "adaptive_max", "lp") for axes in (1, 2, 3)
 } | {"mean", "interpolate"}  # fmt: skip
 
-_HINTS: dict[str, str] = {
-    **dict.fromkeys(
-        ("scaled_dot_product_attention", "matmul", "bmm", "softmax", "einsum"),
-        "attention by products of values has no Lipschitz constant: replace the module by a mixing layer, such as a "
-        "linear one along the tokens",
-    ),
-    **dict.fromkeys(
-        ("layer_norm", "group_norm", "instance_norm", "normalize", "rms_norm"),
-        "it divides each sample by a number of its own: centre it, or leave it out",
-    ),
-    **dict.fromkeys(
-        ("conv1d", "conv2d", "conv3d", "linear", "conv_transpose2d", "batch_norm"),
-        "a function with weights of the module: use torch's module for it",
-    ),
-}
 _PRODUCTS = {"mul", "multiply", "imul", "truediv", "div", "divide", "itruediv"}
-_PRODUCT = (
-    "a product of two values that depend on the input (as in squeeze-and-excitation) has no Lipschitz constant: "
-    "replace the module, as by nn.Identity, or build the model without it"
+_GATE = (
+    "it multiplies values that both depend on the input, as squeeze-and-excitation does, which has no constant",
+    "a model without it, or replace={its path or type: a function of the module}, as lambda module: nn.Identity()",
 )
 
 
@@ -77,7 +63,7 @@ class Rewriting:
         parts: the new modules by name.
         swaps: what was done by functions, by the names of the parts, or of the nodes where nothing is left: what it
             was, and what it became.
-        refused: what has no bound.
+        refused: what has no bound and why, and what to use instead.
     """
 
     module: nn.Module
@@ -86,7 +72,7 @@ class Rewriting:
     settings: Settings
     parts: dict[str, nn.Module] = field(default_factory=dict)
     swaps: dict[str, tuple[str, Swap | None]] = field(default_factory=dict)
-    refused: list[str] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for node in self._nodes():
@@ -95,7 +81,7 @@ class Rewriting:
             try:
                 self._swap(node)
             except UnknownBoundError as error:
-                self.refused.append(f"{_name(node)}: {error}")
+                self.refused.append((f"{name_of(node)}: {error}", ""))
         self._look_for_obstacles()
         for node in self._nodes():
             self._merge(node)
@@ -127,9 +113,8 @@ class Rewriting:
         for other in [other for other in order if order[other] < order[node] and _share(values[other], written_to)]:
             for user in [user for user in other.users if order[user] > order[node]]:
                 if values[other] is not written_to or values[node] is not written_to:
-                    return self.refused.append(
-                        f"{_name(node)} writes into a tensor that {_name(user)} uses again: write out of place"
-                    )
+                    reason = f"{name_of(node)} writes into a tensor that {name_of(user)} uses again: write out of place"
+                    return self.refused.append((reason, ""))
                 user.replace_input_with(other, node)
         if node.target == "copy_":  # of what a module returned that writes to its input
             node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
@@ -148,7 +133,7 @@ class Rewriting:
         x = node.args[0] if node.args else None
         name = None if node.op == "call_module" else operation_of(node)
         if node.op == "call_function" and node.target in _SKIPPED and isinstance(x, fx.Node):
-            self.swaps[node.name] = _name(node), None
+            self.swaps[node.name] = name_of(node), None
             node.replace_all_uses_with(x)
             self.program.graph.erase_node(node)
         elif name in _ARITHMETIC and not node.kwargs and len(node.args) == 2:
@@ -175,16 +160,16 @@ class Rewriting:
             return
         scale = inverse(norm)
         with self.program.graph.inserting_after(node):
-            new = self.program.graph.call_module(self._new(f"{_name(node)}_scale", scale), ())
+            new = self.program.graph.call_module(self._new(f"{name_of(node)}_scale", scale), ())
         node.replace_all_uses_with(new)
         new.args = (node,)
-        self.swaps[str(new.target)] = _name(node), Swap(scale, note="divided by its norm")
+        self.swaps[str(new.target)] = name_of(node), Swap(scale, note="divided by its norm")
 
     def _shape_of(self, value: Any) -> tuple[int, ...] | None:
         return self._shape(value) if isinstance(value, fx.Node) else None
 
     def _put(self, node: fx.Node, x: fx.Node, swap: Swap) -> None:
-        was = _name(node)
+        was = name_of(node)
         node.op, node.target, node.args, node.kwargs = "call_module", self._new(was, swap.module), (x,), {}
         self.swaps[str(node.target)] = was, swap
 
@@ -210,7 +195,7 @@ class Rewriting:
                 self._call(node, "cat", ScaledCat(len(values), args.get("dim", 0)), values)
 
     def _call(self, node: fx.Node, base: str, module: nn.Module, args: Any) -> None:
-        was = _name(node)
+        was = name_of(node)
         node.op, node.target, node.args, node.kwargs = "call_module", self._new(base, module), tuple(args), {}
         self.swaps[str(node.target)] = was, Swap(module)
 
@@ -219,28 +204,21 @@ class Rewriting:
     def _look_for_obstacles(self) -> None:
         program = self.program.program
         shapes = {node: self._shape(node) for node in self.program.graph.nodes if node in self.program.values}
-        errors: list[tuple[str, UnknownBoundError]] = []
+        errors: list[tuple[fx.Node, UnknownBoundError]] = []
         constants = constant_values(program, program.constants.__getitem__)
         known = Leaf(lambda: 1.0, Effect.FRESH)
         graph_bounds(program, lambda name: known, shapes, constants, errors, norms=False)
         several = [str(error) for _, error in errors if "with other arguments than one tensor" in str(error)]
-        for name, error in errors:
-            text = str(error)
-            if text in several or (several and name == "getitem"):  # a module that is an obstacle itself
-                continue
-            if name.strip("_") in _PRODUCTS and "that depends on the input" in text:
-                text = _PRODUCT
-            elif name in _HINTS:
-                text = f"{text}: {_HINTS[name]}"
-            if text not in self.refused:
-                self.refused.append(text)
+        for node, error in errors:
+            if str(error) in several or (several and node.target is operator.getitem):
+                continue  # it is of a module that is an obstacle by itself
+            gate = name_of(node).strip("_") in _PRODUCTS and "that depends on the input" in str(error)
+            refused = _GATE if gate else (str(error), advice(operation=name_of(node))[1])
+            if refused not in self.refused:
+                self.refused.append(refused)
 
 
 def _share(a: Any, b: Any) -> bool:
     """Whether two values are tensors in the same memory."""
     both = isinstance(a, Tensor) and isinstance(b, Tensor)
     return both and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from liplayers.bounds.advice import advice
 from liplayers.bounds.torch_modules import RULES, torch_bound
 from liplayers.core.registry import FAMILIES, get_layer
 from liplayers.errors import ArgumentError, LipschitzError, UnknownBoundError
@@ -54,23 +55,16 @@ ACTIVATIONS = (
     nn.Hardswish, nn.Softplus,
 )  # fmt: skip
 
-_HINTS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    (
-        (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm, nn.LocalResponseNorm),
-        "it divides each sample by a number of its own: centre it, or leave it out",
-    ),
-    (
-        (nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
-        "attention by dot products has no Lipschitz constant: replace it by a mixing layer, such as a linear one "
-        "along the tokens",
-    ),
-    ((nn.RNNBase, nn.RNNCellBase), "no recurrent layer with a bound is there: replace it by convolutions"),
-    ((nn.Embedding, nn.EmbeddingBag), "it takes integers: convert the model that follows it"),
-    (
-        (nn.Conv3d, nn.ConvTranspose3d),
-        "no family has a convolution in three dimensions: write it as two-dimensional ones",
-    ),
+_THREE = (
+    "no family has a convolution in three dimensions",
+    "two convolutions in the place of one, in two dimensions and in the third",
 )
+_MORE: dict[type[nn.Module], tuple[str, str]] = {
+    nn.Conv3d: _THREE,
+    nn.ConvTranspose3d: _THREE,
+    nn.Embedding: ("it takes integers", "convert of the model that follows it"),
+    nn.EmbeddingBag: ("it takes integers", "convert of the model that follows it"),
+}
 
 
 @dataclass(frozen=True)
@@ -189,12 +183,13 @@ def swapped(module: nn.Module, settings: Settings, place: Place) -> Swap:
     return Swap(module)
 
 
-def hint(module: nn.Module) -> str | None:
-    """Why nothing takes the place of a module of torch's, and what would do."""
-    for kinds, text in _HINTS:
-        if isinstance(module, kinds):
-            return text
-    return None
+def hint(module: nn.Module) -> tuple[str, str]:
+    """Why nothing takes the place of a module of torch's, or of one derived from it, and what to use instead."""
+    for kind in type(module).__mro__:
+        found = _MORE.get(kind) or advice(operation=kind.__name__)
+        if kind.__module__.startswith("torch.nn.") and found[0]:
+            return found
+    return "", ""
 
 
 # layers with weights
@@ -349,6 +344,8 @@ def _activation(module: nn.Module, settings: Settings, place: Place) -> Swap:
     slope = math.inf if slopes is None else max(map(abs, slopes))
     if not math.isfinite(slope):
         raise UnknownBoundError("its slopes have no known bound: use activation='maxmin', or replace it")
+    if getattr(module, "inplace", False):
+        module.inplace = False  # type: ignore[assignment]
     if slope <= 1:
         return Swap(module)
     return Swap(nn.Sequential(module, inverse(slope)), note="divided by its largest slope")
