@@ -10,9 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import liplayers as lp
-from liplayers.errors import UnknownBoundError
+from liplayers.bounds import torch_modules
+from liplayers.bounds.composition import head_splitter
+from liplayers.bounds.rounding import RoundingAnalysis
+from liplayers.certification import CertifiedNetwork
+from liplayers.errors import LipschitzError, UnknownBoundError
 
 F64 = torch.float64
 
@@ -279,6 +284,7 @@ def test_residual_blocks_as_others_write_them():
 IMAGE = (4, 4, 6)
 W = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
 K = torch.randn(3, 4, 2, 3, generator=torch.Generator().manual_seed(2))
+V = torch.randn(3, 1, 2, 2, 3, generator=torch.Generator().manual_seed(3))
 SIGNED = torch.tensor([0.5, -2.0, 1.0, 3.0]).view(4, 1, 1)
 
 # name: (function of images (4, 4, 6), factor that the bound may be above what is found, None where it may be loose)
@@ -325,7 +331,7 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Any], float | None]] = {
     "cat": (lambda x: torch.cat((x, -3 * x), dim=-1), 1.0001),
     "maximum": (lambda x: torch.maximum(x, 2 * x.flip(3)), None),
     "clamp": (lambda x: x.clamp(-1, 1) + torch.clamp(x, min=0.5), None),
-    "clamp between tensors": (lambda x: x.clamp(min=SIGNED.double() - 3), 1.0001),
+    "clamp between tensors": (lambda x: x.clamp(min=SIGNED.to(x.dtype) - 3), 1.0001),
     "gelu": (lambda x: F.gelu(x), 1.02),
     "gelu, tanh": (lambda x: F.gelu(x, approximate="tanh"), 1.02),
     "sigmoid": (lambda x: x.sigmoid() + torch.sigmoid(x), 1.05),
@@ -342,15 +348,15 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Any], float | None]] = {
     "roll": (lambda x: x.roll((1, 2), dims=(1, -1)) + x, 1.0001),
     "flip": (lambda x: x.flip(1, 2) - torch.flip(x, [3]), 1.0001),
     "pixel_shuffle": (lambda x: F.pixel_unshuffle(2 * F.pixel_shuffle(x, 2), 2), 1.0001),
-    "linear": (lambda x: F.linear(x, W.double(), W.double()[:, 0]), 1.01),
-    "matmul": (lambda x: x @ W.double().T + torch.matmul(x, W.double()[:1].T), None),
-    "matmul from the left": (lambda x: torch.ones(3, 4).double() @ x, 1.001),
-    "conv2d": (lambda x: F.conv2d(x, K.double(), padding=1), 1.3),
-    "conv1d": (lambda x: F.conv1d(x.flatten(2), K.double().flatten(2), stride=2), 1.3),
-    "conv3d": (lambda x: F.conv3d(x[:, None], K.double()[:, :1, None].repeat(1, 1, 2, 1, 1), dilation=(2, 1, 1)), None),
-    "conv_transpose2d": (lambda x: F.conv_transpose2d(x, K.double().transpose(0, 1), stride=2, groups=1), 1.3),
-    "batch_norm": (lambda x: F.batch_norm(x, SIGNED.double().view(4), SIGNED.double().abs().view(4)), 1.0001),
-    "prelu": (lambda x: F.prelu(x, SIGNED.double().view(4)), 1.01),
+    "linear": (lambda x: F.linear(x, W.to(x.dtype), W.to(x.dtype)[:, 0]), 1.01),
+    "matmul": (lambda x: x @ W.to(x.dtype).T + torch.matmul(x, W.to(x.dtype)[:1].T), None),
+    "matmul from the left": (lambda x: torch.ones(3, 4, dtype=x.dtype) @ x, 1.001),
+    "conv2d": (lambda x: F.conv2d(x, K.to(x.dtype), padding=1), 1.3),
+    "conv1d": (lambda x: F.conv1d(x.flatten(2), K.to(x.dtype).flatten(2), stride=2), 1.3),
+    "conv3d": (lambda x: F.conv3d(x[:, None], V.to(x.dtype), dilation=(2, 1, 1)), None),
+    "conv_transpose2d": (lambda x: F.conv_transpose2d(x, K.to(x.dtype).transpose(0, 1), stride=2, groups=1), 1.3),
+    "batch_norm": (lambda x: F.batch_norm(x, SIGNED.to(x.dtype).view(4), SIGNED.to(x.dtype).abs().view(4)), 1.0001),
+    "prelu": (lambda x: F.prelu(x, SIGNED.to(x.dtype).view(4)), 1.01),
     "views": (
         lambda x: x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 2).transpose(1, -1).unsqueeze(1).squeeze(1),
         1.0001,
@@ -359,13 +365,13 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Any], float | None]] = {
     "expand": (lambda x: x[:, :1].expand(-1, 5, 4, 6), 1.0001),
     "repeat": (lambda x: x.repeat(1, 2, 1, 3), 1.0001),
     "repeat_interleave": (lambda x: x.repeat_interleave(3, dim=2), 1.0001),
-    "products with constants": (lambda x: (x - 0.3) * SIGNED.double() / 0.5, 1.0001),
-    "quotient by constants": (lambda x: x / SIGNED.double(), 1.0001),
-    "product that broadcasts": (lambda x: x[:, :1] * SIGNED.double(), None),
+    "products with constants": (lambda x: (x - 0.3) * SIGNED.to(x.dtype) / 0.5, 1.0001),
+    "quotient by constants": (lambda x: x / SIGNED.to(x.dtype), 1.0001),
+    "product that broadcasts": (lambda x: x[:, :1] * SIGNED.to(x.dtype), None),
     "alpha": (lambda x: torch.add(x, x.flip(1), alpha=3) - torch.sub(x, x, alpha=-2.0), None),
     "rsub": (lambda x: 1 - torch.rsub(x, 2 * x.flip(3), alpha=2), None),
     "dropout": (lambda x: F.dropout(x, 0.5, training=False), 1.0001),
-    "conversions": (lambda x: x.double().to(torch.float64).contiguous().clone().detach(), 1.0001),
+    "conversions": (lambda x: x.to(x.dtype).contiguous().clone().detach(), 1.0001),
     "a loop over the channels": (lambda x: sum(x[:, i : i + 1] for i in range(x.shape[1])), None),
     "sizes": (lambda x: x.view(x.size(0), x.shape[1] // 2, -1) / math.sqrt(x.shape[-1]), 1.0001),
 }  # fmt: skip
@@ -375,6 +381,29 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Any], float | None]] = {
 def test_the_bound_of_an_operation_is_above_its_slopes(name: str):
     function, tight = OPERATIONS[name]
     check(traced(lambda self, x: function(x)), IMAGE, tight=tight)
+
+
+NOT_ROUNDED = {"lp_pool2d": "aten.pow"}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@torch.no_grad()
+def test_the_rounding_of_an_operation_is_counted_or_named(name: str):
+    """In float32, without the help of a bound, against float64."""
+    function, _ = OPERATIONS[name]
+    module = traced(lambda self, x: function(x)).float()
+    analysis = RoundingAnalysis(module, IMAGE, {"": 1e9}, torch.float32)
+    if name in NOT_ROUNDED:
+        with pytest.raises(UnknownBoundError, match=NOT_ROUNDED[name]):
+            analysis.at(1.0)
+        return
+    x = torch.randn(40, *IMAGE, generator=torch.Generator().manual_seed(4))
+    x = x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * 0.999
+    for norm in (1e-3, 5.0, 300.0):
+        found, given = analysis.at(norm), norm * x
+        run, exact = module(given), module(given.double())
+        assert (run.double() - exact).flatten(1).norm(dim=1).max() <= found.error < 0.1 * (norm + 1)
+        assert exact.flatten(1).norm(dim=1).max() <= found.magnitude
 
 
 MIXING: dict[str, Callable[[Tensor], Any]] = {
@@ -439,3 +468,293 @@ WITHOUT_CONSTANT: dict[str, Callable[[Tensor], Any]] = {
 def test_what_has_no_constant_or_none_that_is_known_is_refused(name: str):
     with pytest.raises(UnknownBoundError):
         lp.lipschitz_bound(traced(lambda self, x: WITHOUT_CONSTANT[name](x)), IMAGE)
+
+
+# Modules --------------------------------------------------------------------------------------------------------------
+
+LINE, VOLUME = (3, 10), (2, 4, 5, 4)
+MODULES: dict[str, tuple[nn.Module, tuple[int, ...], float | None]] = {
+    "upsample": (nn.Upsample(scale_factor=3), IMAGE, 1.0001),
+    "upsample, uneven": (nn.Upsample((5, 15)), IMAGE, 1.0001),
+    "upsample, bilinear": (nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), IMAGE, 1.0001),
+    "upsample, bicubic": (nn.Upsample((6, 3), mode="bicubic"), IMAGE, 1.0001),
+    "upsample a line": (nn.Upsample(scale_factor=2.5, mode="linear"), LINE, 1.0001),
+    "upsample a volume": (nn.Upsample(scale_factor=2, mode="trilinear"), VOLUME, 1.0001),
+    "upsampling": (nn.UpsamplingBilinear2d(scale_factor=2), IMAGE, 1.0001),
+    "softplus": (nn.Softplus(3.0), IMAGE, 1.01),
+    "softmax": (nn.Softmax(-1), (2,), 1.1),
+    "softmax of channels": (nn.Softmax2d(), (2, 2, 2), 1.2),
+    "softmin": (nn.Softmin(1), (3,), None),
+    "log softmax": (nn.LogSoftmax(1), (5,), 1.1),
+    "adaptive average, not dividing": (nn.AdaptiveAvgPool2d((3, 5)), IMAGE, 1.0001),
+    "adaptive average of a line": (nn.AdaptiveAvgPool1d(4), LINE, 1.0001),
+    "adaptive average of a volume": (nn.AdaptiveAvgPool3d((3, None, 2)), VOLUME, 1.0001),
+    "adaptive maximum of a line": (nn.AdaptiveMaxPool1d(3), LINE, None),
+    "adaptive maximum of a volume": (nn.AdaptiveMaxPool3d(2), VOLUME, None),
+    "average of a line": (nn.AvgPool1d(3, 1), LINE, None),
+    "average of a volume": (nn.AvgPool3d((2, 1, 2)), VOLUME, 1.0001),
+    "maximum of a line": (nn.MaxPool1d(2, 1), LINE, None),
+    "maximum of a volume": (nn.MaxPool3d(2), VOLUME, 1.0001),
+    "convolution of a volume": (nn.Conv3d(2, 3, 2, (2, 1, 1), padding=1), VOLUME, None),
+    "circular convolution of a volume": (nn.Conv3d(2, 2, 3, padding=1, padding_mode="circular"), VOLUME, None),
+    "transposed convolution of a line": (nn.ConvTranspose1d(3, 2, 3, 2), LINE, 1.3),
+    "transposed convolution of a volume": (nn.ConvTranspose3d(2, 3, 2, 2, groups=1), VOLUME, None),
+    "padding a line": (nn.ReflectionPad1d((2, 3)), LINE, 1.0001),
+    "padding a volume": (nn.ReplicationPad3d((1, 0, 2, 1, 0, 1)), VOLUME, 1.0001),
+    "cropping a volume": (nn.ConstantPad3d((-1, 0, 2, 1, 0, 1), 2.0), VOLUME, 1.0001),
+    "dropout": (nn.Sequential(nn.Dropout2d(), nn.AlphaDropout()), IMAGE, 1.0001),
+    "batch normalisation of volumes": (nn.BatchNorm3d(2), VOLUME, 1.0001),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_bound_of_a_module_is_above_its_slopes_and_its_rounding_is_counted(name: str):
+    module, shape, tight = MODULES[name]
+    bound = check(module.double().eval(), shape, tight=tight)
+    single = nn.Sequential(module.float()).eval()
+    x = torch.randn(20, *shape, generator=torch.Generator().manual_seed(4))
+    x = x / x.flatten(1).norm(dim=1).view(-1, *[1] * len(shape)) * 4.9
+    found = RoundingAnalysis(single, shape, {"": bound, "0": bound}, torch.float32).at(5.0)
+    with torch.no_grad():
+        run, exact = single(x), single.double()(x.double())
+    assert (run.double() - exact).flatten(1).norm(dim=1).max() <= found.error < 0.01
+    assert exact.flatten(1).norm(dim=1).max() <= found.magnitude
+
+
+@pytest.mark.parametrize("module", [nn.Softmax(0), nn.Softmax(-2), nn.Softmax(None), nn.GLU(), nn.Softplus(1, 5)])
+def test_modules_without_a_constant_are_refused(module: nn.Module):
+    with pytest.raises(UnknownBoundError):
+        lp.lipschitz_bound(module, (4,))
+
+
+def test_what_softplus_jumps_by_is_counted_as_rounding():
+    """At its threshold torch's Softplus falls by 2e-9."""
+    module = nn.Sequential(nn.Softplus()).double().eval()
+    below, above = torch.tensor([[20.0]], dtype=F64), torch.tensor([[20 + 1e-12]], dtype=F64)
+    jump = (module(below) - module(above)).item()
+    assert jump > 1e-9
+    assert jump <= 2 * RoundingAnalysis(module, (1,)).at(32.0).error < 1e-8
+
+
+# Constants ------------------------------------------------------------------------------------------------------------
+
+
+def test_parameters_and_buffers_are_constants():
+    torch.manual_seed(0)
+    mean, std, gamma = torch.rand(4, 1, 1), torch.rand(4, 1, 1) + 0.2, nn.Parameter(torch.randn(4, 1, 1))
+    module = traced(lambda self, x: self.g * ((x - self.mean) / self.std), mean=mean, std=std, g=gamma)
+    expected = gamma.abs().max().item() / std.min().item()
+    assert check(module, IMAGE) == pytest.approx(expected, rel=1e-6)
+    layer_scale = traced(lambda self, x: x + F.relu(x) * self.g.view(1, -1, 1, 1), g=gamma)
+    assert check(layer_scale, IMAGE) == pytest.approx(1 + gamma.abs().max().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (4, 1, 1), (4, 4, 6)])
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+def test_learned_convex_sums(shape: tuple[int, ...], scale: float):
+    torch.manual_seed(1)
+
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        a = torch.sigmoid(self.a)
+        return a * self.f(x) + (1 - a) * x
+
+    module = traced(body, a=nn.Parameter(scale * torch.randn(shape)), f=nn.Sequential(lp.Scale(-1.0), nn.ReLU()))
+    bound = check(module, IMAGE)
+    assert bound <= (1 + 1e-9) * (math.sqrt(2) if shape else 1.0)
+
+
+def test_a_bound_follows_the_weights():
+    """The structure is understood once, the weights are those of the moment."""
+    module = traced(
+        lambda self, x: self.head(F.linear(x, self.w * self.g)),
+        w=nn.Parameter(torch.eye(4)), g=torch.ones(1), head=nn.Linear(4, 2),
+    )  # fmt: skip
+    split = head_splitter(module, (4,))
+    assert split().body_bound == pytest.approx(1, rel=1e-9)
+    with torch.no_grad():
+        module.w.mul_(3)
+        module.g.mul_(2)
+    assert split().body_bound == pytest.approx(6, rel=1e-9)
+
+
+def test_the_value_of_a_parameter_may_decide():
+    module = traced(lambda self, x: 2 * x if self.p > 0 else 3 * x, p=nn.Parameter(torch.ones(())))
+    assert lp.lipschitz_bound(module, (4,)) == 2
+    split = head_splitter(module, (4,))
+    with torch.no_grad():
+        module.p.fill_(-1)
+    assert lp.lipschitz_bound(module, (4,)) == 3
+    assert split().body_bound == 3
+
+
+# Several inputs and outputs -------------------------------------------------------------------------------------------
+
+
+def test_several_inputs_have_the_joint_norm():
+    module = traced(lambda self, x, y: torch.cat([3 * x, 4 * y], 1))
+    assert check(module, (3,), (2,)) == pytest.approx(5)
+    named = traced(lambda self, x, other: x + 2 * other["y"])
+    bound = lp.lipschitz_bound(named, {"x": (3,), "other": {"y": (3,)}})
+    assert math.sqrt(5) <= bound == 3
+    assert lp.lipschitz_bound(named, ((3,), {"y": (3,)})) == bound
+    mixed = traced(lambda self, x, y: x + y[:1])
+    with pytest.raises(UnknownBoundError):
+        lp.lipschitz_bound(mixed, ((3,), (3,)))
+
+
+def test_several_outputs_have_the_joint_norm():
+    assert check(traced(lambda self, x: (3 * x, {"a": [4 * x]})), (3,)) == pytest.approx(5)
+    assert check(traced(lambda self, x: [x, x]), (3,), tight=1.0001) == pytest.approx(math.sqrt(2))
+    with pytest.raises(UnknownBoundError):
+        lp.lipschitz_bound(traced(lambda self, x: (x, x.mean(0))), (3,))
+
+
+def test_behind_an_embedding_the_bound_is_that_of_what_follows():
+    torch.manual_seed(0)
+
+    def body(self: nn.Module, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        h = self.words(tokens) + self.places(positions)
+        return self.head(F.relu(h).mean(1))
+
+    head = nn.Linear(8, 3).double()
+    module = traced(body, words=nn.Embedding(10, 8), places=nn.Embedding(6, 8), head=head)
+    expected = lp.lipschitz_bound(head) / math.sqrt(6)
+    for shape in ((6,), torch.zeros(6, dtype=torch.long)):
+        assert lp.lipschitz_bound(module, shape) == pytest.approx(expected)
+    assert lp.lipschitz_bound(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)), (3,)) > 0
+    with pytest.raises(UnknownBoundError, match="max_norm"):
+        lp.lipschitz_bound(nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), (3,))
+    with pytest.raises(LipschitzError, match="embedding"):
+        CertifiedNetwork(module, (6,), 3)
+
+
+# Wrappers -------------------------------------------------------------------------------------------------------------
+
+
+def test_wrappers_are_taken_off():
+    inner = nn.Sequential(lp.Scale(3.0))
+    for wrapped in (nn.DataParallel(inner), AveragedModel(inner), torch.compile(inner, backend="eager")):
+        assert lp.lipschitz_bound(wrapped, (4,)) == 3
+        assert lp.layer_bounds(wrapped, (4,)) == {"0": 3.0, "": 3.0}
+    classifier = AveragedModel(nn.Sequential(nn.Linear(4, 2)))
+    assert CertifiedNetwork(classifier, (4,), 2).radius(torch.rand(1, 4)).item() > 0
+    with pytest.raises(UnknownBoundError, match=r"module.compile\(\)"):
+        lp.lipschitz_bound(nn.Sequential(torch.compile(inner, backend="eager")), (4,))
+
+
+# Certificates ---------------------------------------------------------------------------------------------------------
+
+
+class OthersNetwork(nn.Module):
+    """With what other people's networks have: sums in place, functional calls, buffers, learned gains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1))
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv, self.norm, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.gain = nn.Parameter(torch.full((4, 1, 1), 0.3))
+        self.up = nn.Upsample(scale_factor=2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.stem((x - self.mean) / self.std))
+        out = self.gain * self.norm(self.conv(h))
+        out += h
+        out = F.max_pool2d(F.gelu(out), 2)
+        out[:, :2] += F.interpolate(F.adaptive_avg_pool2d(out, 1), out.shape[-2:])[:, 2:]
+        out = F.softplus(F.avg_pool2d(self.up(out), 2))
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(out, (1, 1)), 1))
+
+
+def test_certificates_of_a_network_as_others_write_it_hold():
+    torch.manual_seed(0)
+    network = CertifiedNetwork(OthersNetwork().eval(), (3, 8, 8), 3)
+    x = torch.rand(12, 3, 8, 8, dtype=F64)
+    logits, radius = network.logits_and_radius(x)
+    assert (radius > 0).all()
+    top, rival = logits.topk(2, 1).indices.T
+    for sign in (1.0, 0.999999):  # towards the nearest other class, to the end of the ball
+        moved = x.clone().requires_grad_()
+        for _ in range(20):
+            margin = network(moved).gather(1, top[:, None]) - network(moved).gather(1, rival[:, None])
+            (slope,) = torch.autograd.grad(margin.sum(), moved)
+            step = moved - x - slope / slope.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            length = (sign * radius / step.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+            moved = (x + step * length).detach().requires_grad_()
+        assert torch.equal(network(moved).argmax(1), top)
+
+
+def test_what_has_a_bound_and_no_rule_for_rounding_is_refused_by_name():
+    module = traced(lambda self, x: self.head(F.lp_pool2d(x, 2, 2).flatten(1)), head=nn.Linear(24, 2))
+    assert lp.lipschitz_bound(module, IMAGE) > 0
+    with pytest.raises(UnknownBoundError, match=r"aten\.pow"):
+        CertifiedNetwork(module, IMAGE, 2).radius(torch.rand(1, *IMAGE))
+
+
+# Explanations ---------------------------------------------------------------------------------------------------------
+
+
+class Obstructed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()
+        self.blocks = nn.Sequential(lp.AOLConv2d(4, 4, 3, padding=1), nn.Hardshrink(), lp.ConvexResidual(nn.Tanh()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.act(self.conv(x)))
+        h = h + self.blocks(h)
+        return (h * torch.softmax(h, 1)).mean((2, 3)).exp()
+
+
+def test_an_explanation_has_every_part_and_all_obstacles_before_any_norm(monkeypatch: pytest.MonkeyPatch):
+    def no_norm(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a norm was computed")
+
+    for name in ("norm_enclosure", "conv_norm_enclosure"):
+        monkeypatch.setattr(torch_modules, name, no_norm)
+    model = Obstructed().eval()
+    found = lp.explain(model, (3, 8, 8))
+    assert not found
+    assert not found.ok
+    names = [(row.path, row.name, row.ok) for row in found.rows]
+    assert names == [
+        ("conv", "Conv2d", True), ("act", "ReLU", True), ("norm", "GroupNorm", False),
+        ("blocks.0", "AOLConv2d", True), ("blocks.1", "Hardshrink", False), ("blocks.2", "ConvexResidual", True),
+        ("blocks.2.branch", "Tanh", True), ("", "add", True), ("", "softmax", True), ("", "mul", False),
+        ("", "mean", True), ("", "exp", False),
+    ]  # fmt: skip
+    bounds = {row.name: row.bound for row in found.rows}
+    assert bounds["ReLU"] == bounds["Tanh"] == 1
+    assert bounds["softmax"] == 0.5
+    assert bounds["mean"] == pytest.approx(1 / 6)
+    assert bounds["Conv2d"] is None
+    assert all(row.reason and row.instead for row in found.rows if not row.ok)
+    with pytest.raises(UnknownBoundError) as caught:
+        lp.lipschitz_bound(model, (3, 8, 8))
+    assert caught.value.obstacles == found.obstacles
+    assert {o.path for o in found.obstacles} == {"", "norm", "blocks.1"}
+    text = str(found)
+    assert all(str(obstacle) in text for obstacle in found.obstacles)
+    assert list(found.to_frame().name) == [row.name for row in found.rows]
+
+
+def test_an_explanation_may_have_the_norms():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), traced(lambda self, x: 2 * x).float())
+    assert lp.explain(model, (4,)).bound is None
+    found = lp.explain(model, (4,), norms=True)
+    assert found
+    assert found.bound == lp.lipschitz_bound(model, (4,))
+    assert [row.bound for row in found.rows] == [lp.lipschitz_bound(model[0]), 1, 2]
+
+
+def test_what_does_not_run_or_is_not_finite_is_an_obstacle():
+    found = lp.explain(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), (5,))
+    assert [o.path for o in found.obstacles] == ["1", ""]
+    model = nn.Sequential(nn.Linear(4, 3))
+    nn.init.constant_(model[0].bias, math.nan)
+    [obstacle] = lp.explain(model, (4,)).obstacles
+    assert "NaN" in obstacle.reason

@@ -189,6 +189,9 @@ def head_splitter(
     walk = _Walk(model, input_shape, estimates)
 
     def split() -> HeadSplit:
+        nonlocal walk
+        if any(program.settled for program in walk.programs.values()):  # on values that may have changed
+            walk = _Walk(model, input_shape, estimates)
         walk.found.clear()
         if estimates:
             return walk.estimated_split()
@@ -370,13 +373,20 @@ class _Walk:
             self.blind = True
             return self._refuse("", error)
         for path, reason in compared.refused.items():
-            self._refuse(path, UnknownBoundError(reason))
+            if not self._calls_refused(self.parts[path]):
+                self._refuse(path, UnknownBoundError(reason))
         for path, program in programs.items():
             self.parts[path].shapes = list(compared.shapes.get(program, {}).values())
             if program not in compared.shapes and path not in compared.refused:
                 self._refuse(
                     path, UnknownBoundError("the model does not call it, so that its trace cannot be compared")
                 )
+
+    def _calls_refused(self, part: _Part) -> bool:
+        """Whether it calls a module that is refused in a way in which only such a module is called."""
+        nodes = () if part.program is None else tuple(part.program.graph.nodes)
+        calls = (node for node in nodes if node.op == "call_module" and len(node.args) + len(node.kwargs) != 1)
+        return any(self.refused.get(self.child(part, str(node.target)).path) for node in calls)
 
     def _check_programs(self) -> None:
         """Look for operations that are not known, with a bound of 1 for each leaf."""
@@ -391,6 +401,8 @@ class _Walk:
                 error = UnknownBoundError("a traced forward is compared with what it computes: pass input_shape")
                 errors.append((part.program.output, error))
             for node, error in errors:
+                if node.op == "call_module" and self.refused.get(self.child(part, str(node.target)).path):
+                    continue
                 if part.shapes or self.blind or "pass input_shape" not in str(error):  # without shapes it is refused
                     self._refuse(part.path, error)
                     self.refused_nodes[node] = str(error)
@@ -404,7 +416,8 @@ class _Walk:
     def _leaf(self, part: _Part, name: str, known: bool = True) -> Leaf:
         """A module that a program calls; before anything is `known`, with a bound of 1."""
         child = self.child(part, name)
-        return Leaf((lambda: self.bound(child)) if known else lambda: 1.0, self._effect(child))
+        embeds = isinstance(child.module, (nn.Embedding, nn.EmbeddingBag))
+        return Leaf((lambda: self.bound(child)) if known else lambda: 1.0, self._effect(child), embeds)
 
     def _effect(self, part: _Part) -> Effect:
         """What a module does to the memory of its input."""

@@ -64,10 +64,17 @@ class Effect(Enum):
 
 @dataclass(frozen=True)
 class Leaf:
-    """A module that is called as one operation: its bound, when it is asked for, and its effect on its input."""
+    """A module that is called as one operation: its bound, when it is asked for, and its effect on its input.
+
+    Attributes:
+        bound: computes it.
+        effect: on the memory of its input.
+        embeds: whether it makes vectors of whole numbers; bounds are then in these vectors.
+    """
 
     bound: Callable[[], float]
     effect: Effect
+    embeds: bool = False
 
 
 def constant_values(program: Program, tensor: Callable[[str], Tensor]) -> dict[fx.Node, Any]:
@@ -249,7 +256,7 @@ class _Analysis:
         x = arguments[0]
         called = self.leaf(str(node.target))
         self.own[node] = called.bound()
-        self.bounds[node] = upward.product(self.own[node], self.bounds[x])
+        self.bounds[node] = self.own[node] if called.embeds else upward.product(self.own[node], self.bounds[x])
         self.memory.add(node, through_module=() if called.effect is Effect.FRESH else [x])
         if called.effect is Effect.WRITES:
             self._lose(self.memory.modules[x] - {node})

@@ -26,7 +26,7 @@ def _is_shape(x: Any) -> bool:
 
 
 def _is_leaf(x: Any) -> bool:
-    return isinstance(x, (Given, Tensor)) or _is_shape(x)
+    return isinstance(x, Tensor) or _is_shape(x)
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,11 @@ class Inputs:
         Raises:
             ArgumentError: something else.
         """
-        arguments = ((shape,), {}) if _is_leaf(shape) else ((), dict(shape)) if isinstance(shape, Mapping) else None
-        arguments = (tuple(shape), {}) if arguments is None else arguments
+        if isinstance(shape, Mapping):
+            args: tuple[Any, ...] = ()
+            kwargs: dict[str, Any] = dict(shape)
+        else:
+            args, kwargs = (shape,) if _is_leaf(shape) else tuple(shape), {}
 
         def given(x: Any) -> Given:
             if isinstance(x, Tensor):
@@ -55,23 +58,19 @@ class Inputs:
                 )
             return Given(tuple(x), like.dtype if dtype is None else dtype)
 
-        return cls(tree_map(given, arguments, is_leaf=_is_leaf), like.device)
+        named = {name: tree_map(given, x, is_leaf=_is_leaf) for name, x in kwargs.items()}
+        return cls((tuple(tree_map(given, x, is_leaf=_is_leaf) for x in args), named), like.device)
 
     @property
     def leaves(self) -> list[Given]:
-        return tree_leaves(self.arguments, is_leaf=_is_leaf)
-
-    @property
-    def are_numbers(self) -> bool:
-        """Whether all are floating-point numbers."""
-        return all(given.dtype.is_floating_point for given in self.leaves)
+        return tree_leaves(self.arguments, is_leaf=lambda x: isinstance(x, Given))
 
     def filled(self, make: Callable[[Given], Tensor]) -> list[Tensor]:
         return [make(given) for given in self.leaves]
 
     def nested(self, tensors: list[Tensor]) -> Any:
         """(args, kwargs)."""
-        _, structure = tree_flatten(self.arguments, is_leaf=_is_leaf)
+        _, structure = tree_flatten(self.arguments, is_leaf=lambda x: isinstance(x, Given))
         return tree_unflatten(tensors, structure)
 
     def zeros(self) -> Any:

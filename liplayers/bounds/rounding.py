@@ -444,16 +444,19 @@ def _convolution(
     run: _Run, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
     dilation: list[int], transposed: bool, output_padding: list[int], groups: int,
 ) -> Value:  # fmt: skip
-    if run.depends(weight) or weight.dim() not in (3, 4):
-        raise run.unknown("a convolution other than of lines and images with a constant kernel")
-    kernel = weight if weight.dim() == 4 else weight[:, :, None]
-    strides, dilations = ((size[0], size[1]) if len(size) == 2 else (1, size[0]) for size in (stride, dilation))
+    if run.depends(weight) or weight.dim() not in (3, 4, 5):
+        raise run.unknown("a convolution other than of lines, images and volumes with a constant kernel")
+    kernel = weight[:, :, None] if weight.dim() == 3 else weight
+    strides, dilations = ((1, size[0]) if len(size) == 1 else (size[-2], size[-1]) for size in (stride, dilation))
 
     def norms() -> tuple[float, float]:
-        grouped = kernel.double().abs().sum((2, 3)).unflatten(0, (groups, -1))
+        grouped = kernel.double().abs().flatten(2).sum(2).unflatten(0, (groups, -1))
         absolute = entry_norm(grouped) * (1 + kernel[0, 0].numel() * 2.0**-52)
-        # a transposed convolution is the adjoint of the convolution with the same kernel
-        return min(conv_norm_enclosure(kernel, strides, dilations, groups, math.inf).upper, absolute), absolute
+        # a transposed convolution is the adjoint of the convolution with the same kernel, one of volumes the sum of
+        # those with its slices
+        planes = kernel.unbind(2) if kernel.dim() == 5 else (kernel,)
+        total = sum(conv_norm_enclosure(plane, strides, dilations, groups, math.inf).upper for plane in planes)
+        return min(total * _SLACK, absolute), absolute
 
     inner = (kernel.shape[0] // groups if transposed else kernel.shape[1]) * kernel[0, 0].numel()
     norm = run.weight_norms(weight, f"kernel {stride} {dilation} {groups}", norms)
@@ -492,7 +495,8 @@ def _same(run: _Run, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Value:
 def _view(run: _Run, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Value | None:
     """A view has the value of its storage; on some tensors these operations copy."""
     first = out[0] if isinstance(out, (tuple, list)) else out
-    run.require_dtype("a view", first)
+    if x.is_floating_point() or x.is_complex() or first.dtype != x.dtype:  # positions stay without a value
+        run.require_dtype("a view", first)
     return None if _storage(first) == _storage(x) else run.get(x)
 
 
@@ -557,8 +561,26 @@ def _mean(run: _Run, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Value
     return run.arithmetic.rounded(run.get(x).scaled(1 / math.sqrt(terms)), terms + 3, out.numel())
 
 
+def _maxima(run: _Run, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Value:
+    """Of all entries along a dimension, or of two tensors."""
+    if args and isinstance(args[0], Tensor):
+        return _together(run, out, x, args[0])
+    return run.get(x)
+
+
+def _repeated(run: _Run, out: Tensor, x: Tensor, *args: Any) -> Value:
+    """Each entry occurs equally often."""
+    return run.spread(x, out)
+
+
+def _filled(run: _Run, out: Tensor, x: Tensor, value: Any = 0.0) -> Value:
+    if isinstance(value, Tensor):
+        raise run.unknown("it fills a tensor with another one")
+    return Value(abs(value) * math.sqrt(out.numel()))
+
+
 def _max_pool(run: _Run, out: Any, x: Tensor, size: list[int], stride: list[int] = [], *args: Any) -> Value:  # noqa: B006
-    dilation = args[1] if len(args) > 1 else [1, 1]
+    dilation = args[1] if len(args) > 1 else [1] * len(size)
     meet = math.prod(overlap(*axis) for axis in zip(size, stride or size, dilation, strict=True))
     return run.get(x).scaled(math.sqrt(meet))
 
@@ -578,8 +600,62 @@ def _avg_pool(run: _Run, out: Tensor, x: Tensor, size: list[int], stride: list[i
 
 
 def _adaptive_avg_pool(run: _Run, out: Tensor, x: Tensor, size: list[int]) -> Value:
-    windows = math.sqrt(out.shape[-1] * out.shape[-2])
-    return _linear(run, run.get(x), (windows, windows), x.shape[-1] * x.shape[-2] + 3, out)
+    """Along each axis rows of |W| sum up to 1, columns to what `_column_sum` says."""
+    axes = zip(x.shape[-len(size) :], out.shape[-len(size) :], strict=True)
+    norm = math.sqrt(math.prod(_column_sum(*axis) for axis in axes)) * _SLACK
+    return _linear(run, run.get(x), (norm, norm), math.prod(x.shape[-len(size) :]) + 3, out)
+
+
+def _column_sum(size: int, windows: int) -> float:
+    """The largest sum of the weights with which a pixel enters the windows [⌊i·n/w⌋, ⌈(i + 1)·n/w⌉)."""
+    sums = [0.0] * size
+    for i in range(windows):
+        first, end = i * size // windows, -(-(i + 1) * size // windows)
+        for pixel in range(first, end):
+            sums[pixel] += 1 / (end - first)
+    return max(sums, default=0.0)
+
+
+def _nearest(line: Any) -> Callable[..., Value]:
+    """Copies of pixels, as many as there are along each axis; `line` does it along one axis."""
+
+    def rule(run: _Run, out: Tensor, x: Tensor, size: list[int], *scales: float | None) -> Value:
+        copies = 1
+        for n, m, scale in zip(x.shape[2:], out.shape[2:], scales or (None,) * len(size), strict=True):
+            positions = torch.arange(n, dtype=run.dtype)[None, None]
+            copies *= int(line(positions, [m], scale).long().flatten().bincount().max())
+        return run.get(x).scaled(math.sqrt(copies))
+
+    return rule
+
+
+def _interpolation(taps: int, line: Callable[..., Tensor]) -> Callable[..., Value]:
+    """Interpolation of `taps` pixels along each axis; `line` does it along the first of one axis or two.
+
+    Along an axis of n pixels a coordinate is off by a few units of u·n, and its weights by 16(n + 4)u at most.
+    """
+
+    def rule(run: _Run, out: Tensor, x: Tensor, size: list[int], corners: bool, *scales: float | None) -> Value:
+        exact, computed = 1.0, 1.0
+        for n, m, scale in zip(x.shape[2:], out.shape[2:], scales or (None,) * len(size), strict=True):
+            weights = line(torch.eye(n, dtype=torch.float64)[None], m, corners, scale).flatten(2)[0].abs()
+            columns, used = weights.sum(1).amax().item(), (weights > 0).sum(1).amax().item()
+            norm = math.sqrt(max(1.0, weights.sum(0).amax().item()) * max(columns, 1e-9)) * _SLACK
+            exact *= norm
+            computed *= norm + 16 * (n + 4) * run.arithmetic.u * math.sqrt(taps * (used + taps))
+        given = run.get(x)
+        value = _linear(run, given, (exact, exact), taps ** len(size) + 16, out)
+        return Value(value.magnitude, value.error + (computed - exact) * _SLACK * given.computed)
+
+    return rule
+
+
+def _linear_line(lines: Tensor, m: int, corners: bool, scale: float | None) -> Tensor:
+    return aten.upsample_linear1d(lines, [m], corners, scale)
+
+
+def _bicubic_line(lines: Tensor, m: int, corners: bool, scale: float | None) -> Tensor:
+    return aten.upsample_bicubic2d(lines[..., None], [m, 1], corners, scale, None)
 
 
 def _batch_norm(
@@ -612,12 +688,42 @@ def _entrywise(slope: Callable[..., float], at_zero: Callable[..., float]) -> Ca
     return rule
 
 
-def _clamp(run: _Run, out: Tensor, x: Tensor, low: Any = None, high: Any = None) -> Value:
-    if isinstance(low, Tensor) or isinstance(high, Tensor):
-        raise run.unknown("it clamps between tensors")
-    at_zero = max(0.0, -math.inf if low is None else low, -math.inf if high is None else -high)
-    given = run.get(x)
-    return Value(given.magnitude + at_zero * math.sqrt(x.numel()), given.error)
+def _clamp(run: _Run, out: Tensor, x: Tensor, min: Any = None, max: Any = None) -> Value:
+    """Between numbers or constants, entry by entry: nothing is rounded, and no two entries move apart."""
+    if run.depends(min) or run.depends(max):
+        raise run.unknown("it clamps between tensors that depend on the input")
+    at_zero = torch.clamp(torch.zeros_like(out), min, max)
+    given = run.spread(x, out)
+    return Value(given.magnitude + _norm(at_zero), given.error)
+
+
+def _softplus(run: _Run, out: Tensor, x: Tensor, beta: float = 1, threshold: float = 20) -> Value:
+    """log(1 + exp(βx))/β, which torch takes for x where βx is above the threshold."""
+    value = _entrywise(_constant(1), _constant(math.log(2) / beta))(run, out, x)
+    jump = math.log1p(math.exp(-threshold)) / beta * _SLACK
+    return Value(value.magnitude, value.error + jump * math.sqrt(x.numel()))
+
+
+def _softmax(run: _Run, out: Tensor, x: Tensor, dim: int, *args: Any) -> Value:
+    """p_i = exp(x_i − m)/Σ, m the largest of n entries.
+
+    Rounding x_i − m changes p_i by u|x_i − m|p_i ≤ u/e, as p_i ≤ exp(x_i − m); with exp, the sum and the quotient the
+    entries of one p are off by (3n + 2·_FUNCTION)u in sum at most.
+    """
+    n = x.shape[dim] if x.dim() else 1
+    groups = math.sqrt(x.numel() / max(1, n))
+    given = run.get(x).scaled(0.5)
+    own = (3 * n + 2 * _FUNCTION) * run.arithmetic.u * groups + run.arithmetic.tiny * x.numel()
+    return Value(groups, given.error + own)
+
+
+def _log_softmax(run: _Run, out: Tensor, x: Tensor, dim: int, *args: Any) -> Value:
+    """x_i − m − log Σ exp(x_j − m): differences are rounded by u·2|x|, the logarithm of the sum by (n + _FUNCTION)u."""
+    n = x.shape[dim] if x.dim() else 1
+    given, entries = run.get(x).scaled(math.sqrt(n)), math.sqrt(x.numel())
+    at_zero = math.log(max(1, n)) * entries
+    scale = 8 * given.computed + (2 * n + 2 * _FUNCTION + 4 * math.log(max(1, n))) * entries
+    return Value(given.magnitude + at_zero, given.error + run.arithmetic.u * scale)
 
 
 def _leaky(run: _Run, out: Tensor, x: Tensor, *slopes: Any) -> Value:
@@ -672,25 +778,53 @@ RULES: dict[Any, Callable[..., Value | None]] = {
     aten.div_: _divide,
     aten.maximum: _together,
     aten.minimum: _together,
+    aten.max: _maxima,
+    aten.min: _maxima,
     aten.cat: _concatenation,
+    aten.stack: _concatenation,
+    aten.repeat: _repeated,
+    aten.fill_: _filled,
+    aten.zero_: _filled,
     aten.copy_: _copy,
     aten._to_copy: _converted,
     aten.constant_pad_nd: _constant_pad,
     aten.reflection_pad1d: _repeating_pad,
     aten.reflection_pad2d: _repeating_pad,
+    aten.reflection_pad3d: _repeating_pad,
     aten.replication_pad1d: _repeating_pad,
     aten.replication_pad2d: _repeating_pad,
+    aten.replication_pad3d: _repeating_pad,
     aten.linalg_vector_norm: _vector_norm,
     aten.sum: _sum,
     aten.mean: _mean,
     aten.max_pool2d_with_indices: _max_pool,
+    aten.max_pool3d_with_indices: _max_pool,
     aten.adaptive_max_pool2d: _selection,
+    aten.adaptive_max_pool3d: _selection,
+    aten.avg_pool1d: _avg_pool,
     aten.avg_pool2d: _avg_pool,
+    aten.avg_pool3d: _avg_pool,
     aten._adaptive_avg_pool2d: _adaptive_avg_pool,
+    aten._adaptive_avg_pool3d: _adaptive_avg_pool,
+    **dict.fromkeys(
+        (aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d), _nearest(aten.upsample_nearest1d)
+    ),
+    **dict.fromkeys(
+        (aten._upsample_nearest_exact1d, aten._upsample_nearest_exact2d, aten._upsample_nearest_exact3d),
+        _nearest(aten._upsample_nearest_exact1d),
+    ),
+    **dict.fromkeys(
+        (aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_trilinear3d), _interpolation(2, _linear_line)
+    ),
+    aten.upsample_bicubic2d: _interpolation(4, _bicubic_line),
+    aten.softplus: _softplus,
+    aten._softmax: _softmax,
+    aten._log_softmax: _log_softmax,
     aten.native_batch_norm: _batch_norm,
     aten.clamp: _clamp,
+    aten.clamp_min: _clamp,
+    aten.clamp_max: lambda run, out, x, max: _clamp(run, out, x, None, max),
     aten.hardtanh: _clamp,
-    aten.hardtanh_: _clamp,
     aten.leaky_relu: _leaky,
     aten._prelu_kernel: _leaky,
     aten.rrelu_with_noise: lambda run, out, x, noise, low=1 / 8, high=1 / 3, *rest: _leaky(run, out, x, low, high),
@@ -706,6 +840,11 @@ RULES: dict[Any, Callable[..., Value | None]] = {
     aten.elu: _entrywise(_elu_slope, _constant(0)),
     aten.celu: _entrywise(_constant(1), _constant(0)),
 }  # fmt: skip
+for _name in (
+    "neg", "abs", "clamp", "clamp_min", "clamp_max", "hardtanh", "leaky_relu", "tanh", "sigmoid", "hardsigmoid",
+    "hardswish", "gelu", "silu", "mish", "elu", "celu",
+):  # fmt: skip
+    RULES[getattr(aten, f"{_name}_")] = RULES[getattr(aten, _name)]
 
 
 def _softsign(module: nn.Softsign, x: Value, out: Tensor, format: Arithmetic) -> float:

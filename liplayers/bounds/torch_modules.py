@@ -371,6 +371,13 @@ def _glu(module: nn.GLU, shape: Shape | None) -> float:
     raise UnknownBoundError(advice(module)[0])
 
 
+def _embedding(module: Any, shape: Shape | None) -> float:
+    """Whole numbers do not move: the bound is that of what follows, in what the table holds."""
+    if module.max_norm is not None:
+        raise UnknownBoundError("max_norm changes its table at each call: use max_norm=None")
+    return 1.0
+
+
 def _flatten(module: nn.Flatten, shape: Shape | None) -> float:
     if module.start_dim < 0 and shape is None:
         raise UnknownBoundError("its start_dim may be the batch: pass input_shape")
@@ -397,6 +404,8 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.Softmax2d: _softmax2d,
     nn.LogSoftmax: _log_softmax,
     nn.GLU: _glu,
+    nn.Embedding: _embedding,
+    nn.EmbeddingBag: _embedding,
     nn.AlphaDropout: _dropout,
     nn.FeatureAlphaDropout: _dropout,
     nn.Dropout: _dropout,

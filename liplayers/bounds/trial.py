@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from liplayers.bounds.graph import Shapes
@@ -278,7 +279,7 @@ class Trial:
 
 def _given(x: Tensor) -> Tensor:
     """x as an input in this mode. Where gradients are on it has one and is no leaf, which could not be written to."""
-    return x.detach().requires_grad_(torch.is_grad_enabled()).clone()
+    return x.detach().requires_grad_(torch.is_grad_enabled() and x.is_floating_point()).clone()
 
 
 def _kept(value: Any) -> Any:
@@ -293,10 +294,17 @@ def _same(a: Any, b: Any) -> bool:
 
 def _all_same(a: Any, b: Any) -> bool:
     """Of nested tensors and other values."""
-    (first, structure), (second, other) = tree_flatten(a), tree_flatten(b)
+    (first, structure), (second, other) = tree_flatten(_plain(a)), tree_flatten(_plain(b))
     if structure != other:
         return False
     return all(_same(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(first, second, strict=True))
+
+
+def _plain(value: Any) -> Any:
+    """Without the collections of torch.fx, which cannot be changed."""
+    if isinstance(value, (immutable_list, immutable_dict)):
+        return [*map(_plain, value)] if isinstance(value, list) else {key: _plain(v) for key, v in value.items()}
+    return tuple(map(_plain, value)) if type(value) is tuple else value
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:

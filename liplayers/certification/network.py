@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from liplayers.bounds import ClassifierBounds, classifier_bounds
 from liplayers.bounds.rounding import Rounding, RoundingAnalysis
+from liplayers.bounds.wrappers import unwrapped
 from liplayers.certification.radius import certified_radius
 from liplayers.core.precision import Setting, exact_precision, held
 from liplayers.errors import ArgumentError, CheckpointError, ShapeError, UnknownBoundError, UnknownNameError
@@ -318,6 +319,11 @@ def _prove(
     weights: Mapping[str, Tensor] | None,
 ) -> _Proven:
     distance, analysis = 0.0, None
+    model = unwrapped(model)
+    if any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module in model.modules()):
+        raise ArgumentError(
+            "the model has an embedding, whose inputs are no vectors: certify what follows the embedding"
+        )
     check_plain(model)
     with exact_precision(torch.device("cpu")):
         network = _private_copy(model).eval().requires_grad_(False)

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from liplayers.bounds.inputs import record_shapes
 from liplayers.bounds.torch_modules import Shape
+from liplayers.bounds.wrappers import unwrapped
 from liplayers.core.intact import is_changed
 from liplayers.core.module import LipschitzModule
 from liplayers.core.parametrized import unknown_parametrization, without_parametrizations
@@ -63,6 +64,7 @@ def freeze(model: nn.Module, input_shape: Shape | None = None, *, dtype: torch.d
     """
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise ArgumentError(f"freeze: dtype={dtype!r}; expected a floating point dtype of torch")
+    model = unwrapped(model)
     check_plain(model)
     if dtype is not None:
         model = copy.deepcopy(model).to(dtype)
