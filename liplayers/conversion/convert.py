@@ -152,9 +152,9 @@ class _Converter:
 
     def _place(self, module: nn.Module) -> Place:
         seen = self.seen.get(module, Seen())
-        after_linear = seen.sources and all(isinstance(source, nn.Linear) for source in seen.sources)
+        last = [isinstance(source, nn.Linear) or type(source) is nn.LayerNorm for source in seen.sources]
         folded = module in self.norms.values()
-        return Place(seen.shapes, -1 if after_linear else 1, self.norms.get(module), folded)
+        return Place(seen.shapes, -1 if last and all(last) else 1, self.norms.get(module), folded)
 
     def _pairs(self) -> dict[nn.Module, nn.Module]:
         """The normalization that follows each layer directly, where both run once."""
