@@ -100,10 +100,8 @@ def mobile() -> nn.Module:
 
 
 NETWORKS = {"residual": Residual, "dense": Dense, "unet": UNet, "mobile": mobile}
-SETTINGS = [
-    {"conv": "aol", "weights": "fresh"},
-    {"conv": "aol", "linear": "cayley", "activation": "keep"},
-]
+FRESH = {"conv": "aol", "weights": "fresh"}
+PROJECTED = {"conv": "aol", "linear": "cayley", "activation": "keep"}
 
 
 def steepest(model: nn.Module, shape: tuple[int, ...]) -> float:
@@ -129,8 +127,10 @@ def statistics(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["fresh", "projected"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("residual", PROJECTED), ("residual", FRESH), ("dense", FRESH), ("unet", PROJECTED), ("mobile", PROJECTED)],
+)
 def test_a_twin_trains_and_is_as_steep_as_its_bound_at_most(name: str, settings: dict):
     model = statistics(NETWORKS[name]())
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -156,7 +156,7 @@ def test_a_twin_trains_and_is_as_steep_as_its_bound_at_most(name: str, settings:
     assert bound <= report.bound * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["residual", "dense"])
 def test_a_twin_copies_pickles_and_certifies(name: str):
     twin, _ = convert(NETWORKS[name](), SHAPE, conv="aol", weights="fresh")
     x = torch.rand(2, *SHAPE)
@@ -326,7 +326,7 @@ class Attention(nn.Module):
 
 
 OBSTACLES = {
-    "product": (Gate(), (4,), "both depend on the input"),
+    "product": (Gate(), (4,), "as squeeze-and-excitation does"),
     "control flow": (Control(), (4,), "test_convert.py:"),
     "in place": (Writes(), (4,), "write out of place"),
     "attention": (Attention(), (3, 4), "which has no constant"),

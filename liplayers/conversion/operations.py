@@ -212,7 +212,7 @@ class Rewriting:
         for node, error in errors:
             if str(error) in several or (several and node.target is operator.getitem):
                 continue  # it is of a module that is an obstacle by itself
-            gate = name_of(node).strip("_") in _PRODUCTS and "that depends on the input" in str(error)
+            gate = name_of(node).strip("_") in _PRODUCTS and "depend on the input" in str(error)
             refused = _GATE if gate else (str(error), advice(operation=name_of(node))[1])
             if refused not in self.refused:
                 self.refused.append(refused)
