@@ -8,6 +8,8 @@ from liplayers.bounds import split_head as split_head
 from liplayers.bundles import load_bundle as load_bundle
 from liplayers.bundles import load_pretrained as load_pretrained
 from liplayers.bundles import save_bundle as save_bundle
+from liplayers.conversion import convert as convert
+from liplayers.conversion import from_torch as from_torch
 from liplayers.core.registry import FAMILIES as FAMILIES
 from liplayers.core.registry import Family as Family
 from liplayers.core.registry import get_layer as get_layer

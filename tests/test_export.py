@@ -18,6 +18,7 @@ from audit import EVERY, example
 from exact import exceeds_norm, rational, rows_of
 from flint import fmpq
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import liplayers as lp
 from liplayers.core.module import LipschitzModule
@@ -403,7 +404,7 @@ def hooked() -> nn.Module:
         (lambda: Doubling(3, 3), "its forward is not that of LipschitzLinear"),
         (lambda: Shifting(3, 3, 3), "its convolve is not that of FourierConv2d"),
         (hooked, "hooks"),
-        (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)), "remove_parametrizations"),
+        (lambda: register_parametrization(nn.Linear(3, 3), "weight", nn.Tanh()), "remove_parametrizations"),
         (lambda: nn.utils.weight_norm(nn.Linear(3, 3)), "hooks"),
         (lambda: lp.BROConv2d(3, 3, 3), "input_shape"),
         (lambda: lp.SOCConv2d(3, 3, 3), "input_shape"),

@@ -28,6 +28,7 @@ from liplayers.bounds.trial import Trial
 from liplayers.bounds.wrappers import refuse_wrapper, unwrapped
 from liplayers.core.intact import is_changed, require_intact
 from liplayers.core.module import LipschitzModule
+from liplayers.core.parametrized import plain_type
 from liplayers.core.precision import executed_dtype
 from liplayers.errors import ArgumentError, LipschitzError, NonFiniteError, Obstacle, ShapeError, UnknownBoundError
 from liplayers.layers.bases.dense import LipschitzLinear
@@ -331,7 +332,7 @@ class _Walk:
             part.children = [self._child(part, name, child) for name, child in _children(module)]
             part.compute = lambda: self._product(part.children)
         else:
-            require_intact(module, parts=type(module) in RULES)
+            require_intact(module, parts=plain_type(module) in RULES)
             rules = [torch_bound(module, shape) for shape in self.shapes.get(module, {None})]
             if None in rules:
                 self._fill_program(part)
@@ -535,7 +536,7 @@ class _Walk:
     def _split(self, part: _Part) -> HeadSplit:
         module = part.module
         is_head = isinstance(module, LipschitzLinear) and type(module).forward is LipschitzLinear.forward
-        if is_head or type(module) is nn.Linear:
+        if is_head or plain_type(module) is nn.Linear:
             return HeadSplit(1.0, module)
         if part.is_sequence and part.children:
             below = self._product(part.children[:-1])
@@ -571,7 +572,7 @@ def is_container(module: nn.Module) -> bool:
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether a trace takes a module as a single call."""
-    known = is_ours(module) or is_container(module) or _is_sequential(module) or type(module) in RULES
+    known = is_ours(module) or is_container(module) or _is_sequential(module) or plain_type(module) in RULES
     return known or type(module).__module__.startswith("torch.nn.") or is_changed(module)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liplayers.bounds.advice import advice
+from liplayers.core.parametrized import plain_type, require_constant
 from liplayers.core.precision import executed
 from liplayers.errors import UnknownBoundError
 from liplayers.linalg import upward
@@ -436,7 +437,8 @@ def torch_rule(module: nn.Module, shape: Shape | None) -> Bound | Callable[[], B
     Raises:
         UnknownBoundError: there is none for this shape or these arguments.
     """
-    rule = RULES.get(type(module))
+    require_constant(module)
+    rule = RULES.get(plain_type(module))
     with torch.no_grad():
         bound = _entrywise(module) if rule is None else rule(module, shape)
     return torch.no_grad()(bound) if callable(bound) else bound

@@ -18,6 +18,7 @@ from liplayers.bounds.torch_modules import Shape
 from liplayers.bounds.wrappers import unwrapped
 from liplayers.core.intact import is_changed
 from liplayers.core.module import LipschitzModule
+from liplayers.core.parametrized import unknown_parametrization, without_parametrizations
 from liplayers.core.weights import ParametrizedModule
 from liplayers.errors import ArgumentError
 from liplayers.modules.frozen import (
@@ -50,7 +51,7 @@ def freeze(model: nn.Module, input_shape: Shape | None = None, *, dtype: torch.d
         dtype: of the computation and the weights, that of `model` by default.
 
     Raises:
-        ArgumentError: a layer that freezing knows nothing about, hooks or torch's parametrizations, a missing
+        ArgumentError: a layer that freezing knows nothing about, hooks or parametrizations of others, a missing
             input_shape, a layer that runs on images of several sizes; by path and type.
         ShapeError: the model does not accept inputs of input_shape.
 
@@ -67,6 +68,8 @@ def freeze(model: nn.Module, input_shape: Shape | None = None, *, dtype: torch.d
     check_plain(model)
     if dtype is not None:
         model = copy.deepcopy(model).to(dtype)
+    if any(map(is_parametrized, model.modules())):
+        model = without_parametrizations(copy.deepcopy(model).eval())
     shapes = {} if input_shape is None else record_shapes(model, tuple(input_shape))
     freezer = _Freezer(shapes, input_shape)
     with torch.no_grad():
@@ -122,8 +125,11 @@ def check_plain(model: nn.Module) -> None:
         reason = None
         if is_changed(module):
             reason = "it has forward hooks, or a replaced forward, method or __call__, which freezing cannot keep"
-        elif is_parametrized(module):
-            reason = "it has parametrizations of torch: call torch.nn.utils.parametrize.remove_parametrizations"
+        elif (unknown := unknown_parametrization(module)) is not None:
+            reason = (
+                f"its parametrization {unknown} is not one of torch's orthogonal, spectral_norm and weight_norm: call "
+                f"torch.nn.utils.parametrize.remove_parametrizations"
+            )
         if reason is not None:
             raise ArgumentError(f"{path or 'the model'} ({type(module).__name__}): {reason}")
 
