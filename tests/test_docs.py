@@ -40,7 +40,8 @@ def test_a_layer_states_what_it_is_costs_and_comes_from(family: str, role: str):
 
 
 ROOMS = (
-    "core", "modules", "layers", "models", "export", "bounds", "bundles", "audit", "conversion", "evaluator", "losses", "training", "errors",
+    "core", "modules", "layers", "models", "export", "bounds", "bundles", "audit", "conversion", "evaluator", "losses",
+    "training", "errors",
 )  # fmt: skip
 
 

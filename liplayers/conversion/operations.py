@@ -70,9 +70,9 @@ class Rewriting:
     program: Traced
     seen: dict[nn.Module, Seen]
     settings: Settings
-    parts: dict[str, nn.Module] = field(default_factory=dict)
-    swaps: dict[str, tuple[str, Swap | None]] = field(default_factory=dict)
-    refused: list[tuple[str, str]] = field(default_factory=list)
+    parts: dict[str, nn.Module] = field(init=False, default_factory=dict)
+    swaps: dict[str, tuple[str, Swap | None]] = field(init=False, default_factory=dict)
+    refused: list[tuple[str, str]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         for node in self._nodes():

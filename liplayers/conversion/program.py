@@ -75,7 +75,11 @@ class Rewritten(nn.Module):
 
 
 class Parts(nn.Module):
-    """The parts of a module whose forward is in the code of the one that it is in."""
+    """The parts of a module whose forward is in the code of the one that it is in.
+
+    Args:
+        module: whose parts they are.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
