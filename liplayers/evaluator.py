@@ -76,7 +76,8 @@ class Certification:
         certificates: label, prediction, margin and radius of each sample.
         task: what the outputs mean.
         eps: radii that tables, plots and reports show.
-        name, unit: of the data, and what distances are measured in.
+        name: of the data.
+        unit: what distances are measured in.
         class_names: in the order of the labels.
         split: of the data, or "".
         data_sha256: of the samples and labels, in order.
