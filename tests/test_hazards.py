@@ -368,7 +368,7 @@ def test_low_precision_is_counted():
         assert lipschitz_bound(layer.bfloat16(), shape) >= 1
 
 
-@pytest.mark.parametrize("module", [nn.Hardshrink(), nn.LayerNorm(4), nn.Softmax(1), nn.Bilinear(4, 4, 4)], ids=str)
+@pytest.mark.parametrize("module", [nn.Hardshrink(), nn.LayerNorm(4), nn.GLU(1), nn.Bilinear(4, 4, 4)], ids=str)
 def test_unknown_layers_raise(module: nn.Module):
     """Unknown layer types counted as 1; the error must name the path and the type."""
     model = nn.Sequential(lip.AOLLinear(4, 4), nn.Sequential(nn.Identity(), module))
