@@ -181,7 +181,7 @@ def test_a_right_family_from_outside_passes():
     ("make", "caught"),
     [
         (Trainable, {"norm after training to exceed it"}),
-        (Stale, {"changed parameters"}),
+        (Stale, {"changed parameters", "cached context of equal layers"}),
         (Shrunk, {"orthogonality"}),
         (Reordered, {"signature"}),
         (FrozenOtherwise, {"freezing"}),

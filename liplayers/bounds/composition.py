@@ -563,10 +563,12 @@ def _obstacle(path: str, module: nn.Module, error: LipschitzError) -> Obstacle:
 
 
 def is_ours(module: nn.Module) -> bool:
+    """Whether the module states its own bound, of the forward that runs."""
     return isinstance(module, LipschitzModule) and _covers_forward(module, "lipschitz_bound")
 
 
 def is_container(module: nn.Module) -> bool:
+    """Whether the module states how the bounds of its branches compose, for the forward that runs."""
     return isinstance(module, Container) and all(_covers_forward(module, r) for r in ("compose_bounds", "branches"))
 
 
@@ -611,6 +613,7 @@ def _join(path: str, name: str) -> str:
 
 
 def check_finite(module: nn.Module, path: str) -> None:
+    """Raise NonFiniteError for a parameter or buffer that is not finite, named below `path`."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{_join(path, name)}: contains NaN or infinity; the weights cannot be certified")

@@ -373,7 +373,7 @@ class ParametrizedModule(LipschitzModule):
 
     def fitted(self, weight: Tensor, start: Sequence[Tensor]) -> Sequence[Tensor]:
         """Raw parameters whose weight comes near a dense one: by L-BFGS on the squared distance, a local minimum."""
-        raw = [p.detach().double().requires_grad_() for p in start]
+        raw = [p.detach().double().contiguous().requires_grad_() for p in start]  # as L-BFGS takes them
         optimizer = torch.optim.LBFGS(
             raw, max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-12, line_search_fn="strong_wolfe"
         )
@@ -413,7 +413,7 @@ class ParametrizedModule(LipschitzModule):
 def _in_range(raw: Tensor, exponent: float) -> Tensor:
     least = torch.finfo(raw.dtype).tiny ** exponent
     value = raw.detach()  # what counts as zero keeps its gradient
-    return raw.clamp(-1 / least, 1 / least) - torch.where(value.abs() < least, value, 0)
+    return raw.clamp(-1 / least, 1 / least) - value.masked_fill(value.abs() >= least, 0)
 
 
 def _in_func_transform() -> bool:

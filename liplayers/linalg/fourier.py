@@ -126,13 +126,17 @@ def transfer_matrix(kernel: Tensor, size: Grid) -> Tensor:
     return (basis @ taps).unflatten(-1, (out, channels)).unflatten(-3, (size[0], -1))
 
 
+def _joined(chunks: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(chunks, dim) if len(chunks) > 1 else chunks[0]
+
+
 def _spectrum(x: Tensor, grid: Grid) -> Tensor:
     """Half spectrum of real images at the origin of a grid of zeros: (B, C, h, w) → (H, W//2 + 1, C, B)."""
     if not len(x):  # MKL refuses to transform no image
         return torch.view_as_complex(x.new_zeros(grid[0], grid[1] // 2 + 1, x.shape[1], 0, 2))
     step = CHUNK if x.device.type == "cpu" else max(1, len(x))
     chunks = [torch.fft.rfft2(part, s=grid).permute(2, 3, 1, 0) for part in x.split(step)]
-    return torch.cat(chunks, -1).contiguous()
+    return _joined(chunks, -1).contiguous()
 
 
 def _from_spectrum(X: Tensor, grid: Grid, size: Grid) -> Tensor:
@@ -141,8 +145,7 @@ def _from_spectrum(X: Tensor, grid: Grid, size: Grid) -> Tensor:
         return X.real.new_zeros(0, X.shape[2], *size)
     step = CHUNK if X.device.type == "cpu" else max(1, X.shape[-1])
     chunks = [torch.fft.irfft2(part.permute(3, 2, 0, 1), s=grid) for part in X.split(step, -1)]
-    kept = [image[..., : size[0], : size[1]] for image in chunks]
-    return torch.cat(kept) if len(kept) > 1 else kept[0]
+    return _joined([image[..., : size[0], : size[1]] for image in chunks], 0).contiguous()
 
 
 def _multiply(x: Tensor, transfer: Tensor, grid: Grid, size: Grid) -> Tensor:
@@ -200,7 +203,7 @@ def _multiplicity(grid: Grid, like: Tensor) -> Tensor:
     """How often each frequency of the half spectrum stands in the whole one, over H·W, as (W//2 + 1, 1, 1)."""
     height, width = grid
     share = torch.full((width // 2 + 1, 1, 1), 2 / (height * width), dtype=like.dtype, device=like.device)
-    share[:: width // 2 if width % 2 == 0 else width] = 1 / (height * width)  # the frequency 0, and ½
+    share[:: width // 2 if width % 2 == 0 else width].fill_(1 / (height * width))  # the frequency 0, and ½
     return share
 
 

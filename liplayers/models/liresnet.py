@@ -87,7 +87,8 @@ def liresnet(
     Source: Hu et al. 2023, arXiv 2301.12549; Hu et al. 2024, arXiv 2310.02513.
 
     >>> liresnet((3, 32, 32), 10, channels=8, depth=1, width=16, dense=0).body[3]
-    LiResNetConv2dBlock(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+    LiResNetConv2dBlock(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), \
+residual_depth=1)
     """
     image = image_shape(input_shape)
     check_positive(liresnet, channels=channels, depth=depth, width=width, num_classes=num_classes)

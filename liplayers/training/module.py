@@ -135,11 +135,10 @@ class CertifiedClassifier(L.LightningModule):
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         inputs, labels = batch
         needs_constants = isinstance(self.loss, MarginLoss)
-        bound_needed = needs_constants or not sum(self.trainer.num_val_batches)
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         with cached(self.model):
-            if stage == "train" and self.bound_moves and bound_needed:
+            if stage == "train" and self.bound_moves and (needs_constants or not sum(self.trainer.num_val_batches)):
                 self._refresh_bound(anew=False)
             logits = self.model(inputs)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast may have made them bfloat16
