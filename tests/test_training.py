@@ -100,7 +100,8 @@ def test_every_config_composes_and_its_target_takes_its_arguments(choice, tmp_pa
             OmegaConf.update(cfg, name, str(tmp_path))
     build_data(cfg.data)
     build(cfg.loss)
-    cfg.model.update({key: 8 for key in ("width", "channels") if key in cfg.model})
+    for key in {"width", "channels"} & cfg.model.keys():
+        cfg.model[key] = [8 for _ in cfg.model[key]] if OmegaConf.is_list(cfg.model[key]) else 8
     model = build(cfg.model, input_shape=(3, 16, 16), num_classes=4)
     # LipNeXt counts the rounding of each of its 64 matrices
     assert head_splitter(model, (3, 16, 16), estimates=True)().body_bound == pytest.approx(1, rel=1e-4)
