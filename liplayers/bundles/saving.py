@@ -79,7 +79,7 @@ def save_bundle(
         "input_shape": list(checkpoint.input_shape),
         "class_names": list(checkpoint.class_names),
         "epoch": checkpoint.epoch,
-        "config": portable(checkpoint.config),
+        "config": portable({**checkpoint.config, "model": checkpoint.model_config}),
         "same": same,
         "about": about,
     }
