@@ -13,7 +13,7 @@ _KINDS: list[tuple[str, str, str]] = [
         "LayerNorm GroupNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d RMSNorm "
         "layer_norm group_norm instance_norm rms_norm normalize",
         "its slopes grow to 1/√eps or more where its input hardly varies: it has no useful constant",
-        "nothing, liplayers.BatchCentering, or batch normalisation in eval mode",
+        "liplayers.BatchCentering, batch normalisation in eval mode, or none",
     ),
     (
         "MultiheadAttention TransformerEncoderLayer TransformerDecoderLayer TransformerEncoder TransformerDecoder "
