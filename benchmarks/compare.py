@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 import liplayers
 from benchmarks.report import FOLDER
-from benchmarks.runs import Images, Result, Results, Tick, certified, generated_images, progress
+from benchmarks.runs import Images, Result, Results, Tick, certified, exit_status, generated_images, progress
 from benchmarks.timing import peak_memory
 from benchmarks.uci.train import shuffled_batches
 from liplayers import FAMILIES, MaxMin, Normalize, NormalizedLinear, PadChannels, Patchify2d, get_layer
@@ -47,7 +47,7 @@ from liplayers.certification import parse_radius
 from liplayers.certification.report import figure_writer, text_writer, write_outputs
 from liplayers.core.checks import check_positive
 from liplayers.data import DataModule, ImageFolder
-from liplayers.errors import ArgumentError, LipschitzError, NonFiniteError, UnknownNameError
+from liplayers.errors import ArgumentError, NonFiniteError, UnknownNameError
 from liplayers.losses import OffsetCrossEntropy
 from liplayers.training import ManifoldAdamW, warmup_cosine
 
@@ -485,16 +485,7 @@ def _run(options: argparse.Namespace) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    try:
-        for path in _run(_parser().parse_args(arguments)):
-            print(path)
-    except LipschitzError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; finished results are kept, the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(partial(_run, _parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

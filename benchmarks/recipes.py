@@ -38,7 +38,7 @@ from rich.console import Console
 
 import liplayers
 from benchmarks.report import FOLDER
-from benchmarks.runs import Images, Result, Results, certified, generated_images, progress
+from benchmarks.runs import Images, Result, Results, certified, exit_status, generated_images, progress
 from liplayers.bounds import lipschitz_bound
 from liplayers.certification import parse_radius
 from liplayers.certification.report import json_writer, text_writer, write_outputs
@@ -48,7 +48,7 @@ from liplayers.cli.configuration import build
 from liplayers.commands.help import config_folder
 from liplayers.core.checks import check_positive
 from liplayers.data import DataModule, ImageFolder, Split
-from liplayers.errors import ArgumentError, LipschitzError, UnknownNameError
+from liplayers.errors import ArgumentError, UnknownNameError
 
 RADII = (36, 72, 108)  # /255
 PARTS = ("model", "loss", "optimizer", "schedule", "epsilon_ramp")  # of a config, beside the augmentation
@@ -344,16 +344,7 @@ def _run(options: argparse.Namespace) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    try:
-        for path in _run(_parser().parse_args(arguments)):
-            print(path)
-    except LipschitzError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; finished results are kept, the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(partial(_run, _parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

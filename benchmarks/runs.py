@@ -1,9 +1,10 @@
-"""What benchmarks that train share: images in memory, proofs of a network, results that are made once, a bar."""
+"""What benchmarks that train share: images in memory, proofs of a network, kept results, a bar, exit statuses."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,7 @@ from benchmarks.timing import machine
 from liplayers.certification import Certificates, CertifiedNetwork, certify
 from liplayers.certification.report import json_writer, write_outputs
 from liplayers.data import Split
-from liplayers.errors import DataError
+from liplayers.errors import DataError, LipschitzError
 
 Result = dict[str, Any]
 Tick = Callable[[], object]
@@ -118,3 +119,17 @@ def progress(console: Console | None, total: int) -> Iterator[Callable[[str], Ti
             return lambda: shown.update(task, steps=f"step {next(steps)}")
 
         yield named
+
+
+def exit_status(run: Callable[[], Iterable[Path]]) -> int:
+    """Of a command that may be stopped and goes on when it is given again; prints the paths that it wrote."""
+    try:
+        for path in run():
+            print(path)
+    except LipschitzError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; finished results are kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0

@@ -14,17 +14,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.runs import exit_status
 from benchmarks.uci.jobs import Configuration
 from benchmarks.uci.methods import METHODS
 from benchmarks.uci.report import write_report
 from benchmarks.uci.run import plan_jobs, run_jobs
 from benchmarks.uci.selection import select_recipe
 from benchmarks.uci.train import Recipe
-from liplayers.errors import ArgumentError, LipschitzError
+from liplayers.errors import ArgumentError
 
 FOLDER = Path(__file__).parents[1] / "results" / "uci"
 
@@ -90,17 +92,7 @@ def _run(options: argparse.Namespace, progress: Console, console: Console) -> li
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    options = _parser().parse_args(arguments)
-    try:
-        for path in _run(options, Console(stderr=True), console := Console()):
-            console.print(str(path), highlight=False, soft_wrap=True)
-    except LipschitzError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; finished results are kept, the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(partial(_run, _parser().parse_args(arguments), Console(stderr=True), Console()))
 
 
 if __name__ == "__main__":
